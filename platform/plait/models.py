@@ -190,7 +190,7 @@ class ModelRegistry:
             .where(_alias_moves.c.name == name, ~_alias_moves.c.undone)
             .order_by(_alias_moves.c.id)
         )
-        return {alias: version for alias, version in moves}
+        return dict(moves.tuples().all())
 
 
 def _patience(url: str | None) -> dict[str, Any]:

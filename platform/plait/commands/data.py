@@ -1,0 +1,94 @@
+"""`plait data`: bring a data set into the home as event tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from plait.data.tables import Prepared, clear, prepared
+from plait.errors import DataError
+from plait.settings import Home, find_home
+
+SOURCES = ("movielens-100k", "movielens-1m", "synthetic")
+
+
+@click.group()
+def data() -> None:
+    """Data sets as event tables: impressions, feedback, users, items."""
+
+
+@data.command()
+@click.argument("source", type=click.Choice(SOURCES))
+@click.option("--path", type=click.Path(path_type=Path), help="A folder that holds the data set already.")
+@click.option(
+    "--holdout",
+    type=click.FloatRange(0, 0.9),
+    default=0.1,
+    show_default=True,
+    help="Share of the data, the latest, that simulated users will live through; the home's clock is set to its start.",
+)
+@click.option("--replace", is_flag=True, help="Throw the home's events, features, samples and data sets away first.")
+@click.option("--users", type=click.IntRange(1), default=2_000, show_default=True, help="synthetic: users")
+@click.option("--items", type=click.IntRange(20), default=500, show_default=True, help="synthetic: items")
+@click.option("--requests", type=click.IntRange(1), default=20_000, show_default=True, help="synthetic: slates of 10")
+@click.option("--days", type=click.IntRange(1), default=60, show_default=True, help="synthetic: length of time")
+@click.option("--seed", type=int, default=0, show_default=True, help="synthetic: seed")
+def prepare(
+    source: str,
+    path: Path | None,
+    holdout: float,
+    replace: bool,
+    users: int,
+    items: int,
+    requests: int,
+    days: int,
+    seed: int,
+) -> None:
+    """Write SOURCE into the home's event tables.
+
+    \b
+    movielens-100k   downloaded (5 MB) and checked, or from --path (ml-100k.inter, .user, .item)
+    movielens-1m     from --path (GroupLens' ratings.dat, users.dat, movies.dat; or ratings.parquet)
+    synthetic        generated: impressions, clicks, purchases of which the truth is known
+
+    A rating is an impression with a "rating" event; 4 or 5 stars are a "click" as well.
+    """
+    home = find_home()
+    present = prepared(home)
+    if present and not replace:
+        if present.source.split("(")[0] != source:
+            raise DataError(f"the home {home.root} already holds {present.source}; --replace throws it away first")
+        return _tell(present)
+    if replace:
+        clear(home)
+    return _tell(_prepare(home, source, path, holdout, users, items, requests, days, seed))
+
+
+def _prepare(
+    home: Home,
+    source: str,
+    path: Path | None,
+    holdout: float,
+    users: int,
+    items: int,
+    requests: int,
+    days: int,
+    seed: int,
+) -> Prepared:
+    if source == "synthetic":
+        from plait.data.synthetic import SyntheticSpec, prepare_synthetic
+
+        spec = SyntheticSpec(n_users=users, n_items=items, n_requests=requests, days=days, seed=seed)
+        return prepare_synthetic(home, spec, holdout=holdout)
+    from plait.data.movielens import prepare_1m, prepare_100k
+
+    return (prepare_100k if source == "movielens-100k" else prepare_1m)(home, path=path, holdout=holdout)
+
+
+def _tell(done: Prepared) -> None:
+    verb = "already there" if done.reused else "prepared"
+    click.echo(f"{done.source}: {verb}")
+    for name, n in done.rows.items():
+        click.echo(f"  {name:<12} {n:>10,} rows, and {done.holdout_rows[name]:,} held out")
+    click.echo(f"  the past ends, and the home's clock began, at {done.cutoff:%Y-%m-%d %H:%M} UTC")
