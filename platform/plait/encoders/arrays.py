@@ -1,0 +1,168 @@
+"""Arrow columns as numpy arrays, and the hashes that encoders share.
+
+Everything here is vectorised, and gives the same answer for one row as for a million.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import mmh3
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from plait.errors import DataError, SpecError
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
+BoolArray = npt.NDArray[np.bool_]
+
+# Above this many rows it pays to look each distinct string up once.
+_DICTIONARY_ROWS = 512
+_GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+_NULL_KEY = np.uint64(0x6E756C6C)
+
+
+def column(table: pa.Table, name: str, dtype: pa.DataType) -> pa.Array:
+    """Column `name` of `table` as one array of `dtype`.
+
+    Raises DataError if the table has no such column or its values do not fit the type without loss.
+    """
+    position = table.schema.get_field_index(name)
+    if position < 0:
+        raise DataError(f"the rows have no column {name!r}; they have: {', '.join(table.column_names)}")
+    chunked = table.column(position)
+    array = chunked.chunk(0) if chunked.num_chunks == 1 else chunked.combine_chunks()
+    if array.type != dtype:
+        try:
+            array = array.cast(dtype)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
+            raise DataError(f"column {name!r} is {array.type} and does not fit {dtype}: {error}") from error
+    return array
+
+
+def values_and_nulls(array: pa.Array) -> tuple[npt.NDArray[Any], BoolArray | None]:
+    """The values of a number or boolean column, and where it is null (None: nowhere). Nulls read as 0."""
+    if array.null_count == 0:
+        return array.to_numpy(zero_copy_only=False), None
+    nulls = array.is_null().to_numpy(zero_copy_only=False)
+    zero = pa.scalar(False if pa.types.is_boolean(array.type) else 0, array.type)
+    return pc.fill_null(array, zero).to_numpy(zero_copy_only=False), nulls
+
+
+def floats_and_missing(array: pa.Array) -> tuple[npt.NDArray[np.float64], BoolArray | None]:
+    """The values as float64, and where they are null or NaN (None: nowhere). Missing values read as 0."""
+    values, nulls = values_and_nulls(array)
+    floats = values.astype(np.float64)
+    if values.dtype.kind == "f":
+        not_numbers = np.isnan(floats)
+        if not_numbers.any():
+            floats = np.where(not_numbers, 0.0, floats)
+            nulls = not_numbers if nulls is None else nulls | not_numbers
+    return floats, nulls
+
+
+def map_strings(array: pa.Array, function: Any, *, dtype: type, null: Any) -> npt.NDArray[Any]:
+    """`function` of every string (called once per distinct one when there are many); `null` where null."""
+    if len(array) <= _DICTIONARY_ROWS:
+        return np.fromiter((null if s is None else function(s) for s in array.to_pylist()), dtype, len(array))
+    encoded = array.dictionary_encode()
+    mapped = np.fromiter((function(s) for s in encoded.dictionary.to_pylist()), dtype, len(encoded.dictionary))
+    if encoded.null_count == 0:
+        return mapped[encoded.indices.to_numpy()]
+    indices = pc.fill_null(encoded.indices, len(mapped)).to_numpy()
+    return np.append(mapped, np.array(null, dtype))[indices]
+
+
+def murmur3_32_of_int64(values: IntArray, *, seed: int = 0) -> npt.NDArray[np.uint32]:
+    """murmur3_x86_32 of each value's 8 little-endian bytes, as `mmh3.hash(value_bytes, seed, signed=False)`.
+
+    Source: Appleby, MurmurHash3 (public domain reference code).
+    """
+    words = np.ascontiguousarray(values, np.int64).view(np.uint32).reshape(-1, 2)  # little-endian hosts only
+    hashed = np.full(len(words), seed, np.uint32)
+    for word in (words[:, 0], words[:, 1]):
+        k = word * np.uint32(0xCC9E2D51)
+        k = (k << np.uint32(15)) | (k >> np.uint32(17))
+        hashed ^= k * np.uint32(0x1B873593)
+        hashed = (hashed << np.uint32(13)) | (hashed >> np.uint32(19))
+        hashed = hashed * np.uint32(5) + np.uint32(0xE6546B64)
+    hashed ^= np.uint32(8)
+    hashed ^= hashed >> np.uint32(16)
+    hashed *= np.uint32(0x85EBCA6B)
+    hashed ^= hashed >> np.uint32(13)
+    hashed *= np.uint32(0xC2B2AE35)
+    hashed ^= hashed >> np.uint32(16)
+    return hashed
+
+
+def mix64(keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """A bijection of 64-bit words in which every input bit moves about half of the output bits.
+
+    Source: the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
+    """
+    z = keys + _GOLDEN_GAMMA
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def keys_of(array: pa.Array) -> npt.NDArray[np.uint64]:
+    """A 64-bit key of every value of an integer, boolean or string column; null has a key of its own."""
+    if is_text(array.type):
+        keys = map_strings(array, _text_key, dtype=np.uint64, null=_NULL_KEY)
+        return mix64(keys)
+    values, nulls = values_and_nulls(array)
+    keys = mix64(values.astype(np.int64).view(np.uint64))
+    if nulls is not None:
+        keys[nulls] = mix64(np.array([~_NULL_KEY], np.uint64))[0]
+    return keys
+
+
+def cross_keys(left: pa.Array, right: pa.Array) -> IntArray:
+    """One 64-bit key per pair of values: (a, b) and (b, a) differ. Either side may be a single row, which is repeated.
+
+    Rows with equal pairs have equal keys; different pairs collide with probability 2^-64 each.
+    """
+    mixed: npt.NDArray[np.uint64] = mix64(mix64(keys_of(left)) + keys_of(right) * np.uint64(0xD6E8FEB86659FD93))
+    return mixed.view(np.int64)
+
+
+def _text_key(text: str) -> int:
+    return mmh3.hash64(text, signed=False)[0]
+
+
+def is_text(dtype: pa.DataType) -> bool:
+    return bool(pa.types.is_string(dtype) or pa.types.is_large_string(dtype))
+
+
+def is_list(dtype: pa.DataType) -> bool:
+    return bool(pa.types.is_list(dtype) or pa.types.is_large_list(dtype))
+
+
+def is_number(dtype: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(dtype) or pa.types.is_floating(dtype) or pa.types.is_boolean(dtype))
+
+
+def dtype_text(dtype: pa.DataType) -> str:
+    """A type as `dtype_of` reads it: int64, double, string, list<int64>, …"""
+    return f"list<{dtype_text(dtype.value_type)}>" if is_list(dtype) else str(dtype)
+
+
+def dtype_of(text: str) -> pa.DataType:
+    """The type that `dtype_text` wrote. Raises SpecError for anything else.
+
+    >>> dtype_of("list<int64>").value_type
+    DataType(int64)
+    """
+    if match := re.fullmatch(r"list<(.+)>", text):
+        return pa.list_(dtype_of(match[1]))
+    if match := re.fullmatch(r"timestamp\[(\w+)(?:, tz=(.+))?\]", text):
+        return pa.timestamp(match[1], match[2])
+    try:
+        return pa.type_for_alias(text)
+    except ValueError as error:
+        raise SpecError(f"{text!r} is no column type; use int64, double, bool, string or list<…> of these") from error
