@@ -1,0 +1,1 @@
+"""Trainers: a training set and a model configuration in, a registered artifact out."""
