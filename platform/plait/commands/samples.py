@@ -1,0 +1,96 @@
+"""`plait samples`: impressions joined to feedback into labelled samples."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from plait.errors import SpecError
+from plait.offline import spec as specs
+from plait.settings import find_home
+
+
+@click.group()
+def samples() -> None:
+    """Join impressions to feedback into labelled samples, split in time."""
+
+
+@samples.command()
+@click.option("--spec", "spec_file", type=click.Path(path_type=Path), help="YAML file with any of the choices below.")
+@click.option("--name", help="Folder below samples/ to write (default: default).")
+@click.option("--label", "labels", multiple=True, help="click, like=rating>=4, long=sum(dwell)>=30; repeat for several.")
+@click.option("--join", type=click.Choice(specs.JOINS), help="How feedback finds its impression.")
+@click.option("--touch", type=click.Choice(specs.TOUCHES), help="Credit the last impression in the window, or any.")
+@click.option("--window", help="Attribution window: 30m, 12h, 7d (default 1d).")
+@click.option("--split", type=click.Choice(specs.SPLITS), help="How rows become train, valid and test.")
+@click.option("--negatives", help="impressions, or KIND:PER_POSITIVE with uniform, popularity, in_batch or hard.")
+@click.option("--weights", type=click.Choice(specs.WEIGHTS), help="Sample weights.")
+@click.option("--immature", type=click.Choice(specs.IMMATURE), help="Samples younger than the window: mark or drop.")
+@click.option("--scene", "scenes", multiple=True, help="Keep only this scene; repeat for several.")
+@click.option("--seed", type=int, help="Fixes every draw.")
+@click.option("--engine", type=click.Choice(("duckdb", "spark")), default="duckdb", show_default=True)
+@click.option("--memory", help="DuckDB's memory limit before it spills to disk, such as 2GB.")
+def build(spec_file: Path | None, engine: str, memory: str | None, **flags: Any) -> None:
+    """Write samples/NAME: one row per impression with its labels, a weight and a split.
+
+    Prints how many rows each step left. Flags win over the file of --spec.
+    """
+    from plait.offline.samples import Step, build_samples
+
+    spec = merged_spec(spec_file, flags)
+
+    def report(step: Step) -> None:
+        click.echo(f"  {step.table:<12} {step.rows:>12,}  {step.step}")
+
+    manifest = build_samples(find_home(), spec, engine=engine, memory=memory, report=report)
+    for part, rows in manifest.rows.items():
+        rates = ", ".join(f"{name} {counts[part] / rows:.2%}" for name, counts in manifest.positives.items() if rows)
+        click.echo(f"  {part:<12} {rows:>12,}  {rates}")
+    if manifest.immature:
+        click.echo(f"  {manifest.immature:,} samples are younger than the attribution window: label_mature is false")
+    click.echo(f"samples/{manifest.name} ({manifest.data_hash[:12]})")
+
+
+@samples.command()
+@click.argument("name", default="default")
+def show(name: str) -> None:
+    """Print the manifest of samples/NAME."""
+    from plait.offline.samples import read_manifest
+
+    manifest = read_manifest(find_home().samples / name)
+    click.echo(json.dumps(dataclasses.asdict(manifest), indent=2))
+
+
+def merged_spec(spec_file: Path | None, flags: dict[str, Any]) -> specs.SampleSpec:
+    """The file's spec with the given flags laid over it."""
+    spec = specs.read_spec(spec_file) if spec_file else specs.SampleSpec()
+    given = {name: value for name, value in flags.items() if value not in (None, ())}
+    top: dict[str, Any] = {name: given[name] for name in ("name", "immature", "seed") if name in given}
+    if "labels" in given:
+        top["labels"] = tuple(specs.parse_label(text) for text in given["labels"])
+    attribution = {name: given[name] for name in ("join", "touch") if name in given}
+    if "window" in given:
+        attribution["window"] = specs.parse_duration(given["window"])
+    top["attribution"] = dataclasses.replace(spec.attribution, **attribution)
+    if "scenes" in given:
+        top["filters"] = dataclasses.replace(spec.filters, scenes=tuple(given["scenes"]))
+    if "split" in given:
+        top["split"] = dataclasses.replace(spec.split, kind=given["split"])
+    if "weights" in given:
+        top["weights"] = dataclasses.replace(spec.weights, kind=given["weights"])
+    if "negatives" in given:
+        top["negatives"] = dataclasses.replace(spec.negatives, **_negatives(given["negatives"]))
+    return dataclasses.replace(spec, **top)
+
+
+def _negatives(text: str) -> dict[str, Any]:
+    kind, _, count = text.partition(":")
+    if not count:
+        return {"kind": kind}
+    if not count.isdigit():
+        raise SpecError(f"--negatives {text!r}: write KIND:NUMBER, for instance uniform:4")
+    return {"kind": kind, "per_positive": int(count)}

@@ -1,0 +1,243 @@
+"""Where the offline expressions run: DuckDB in this process (spilling to disk), or Spark.
+
+Both give the same rows for the same ibis expression: the time zone is UTC, the numbers are 64-bit, the row order is
+only ever what the caller asked for. Nothing here is shared between threads or calls.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import pyarrow as pa
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+
+from plait.errors import DataError, SettingsError, UnknownNameError
+
+if TYPE_CHECKING:
+    import ibis.expr.types as ir
+    from ibis.backends import BaseBackend
+    from pyspark.sql import SparkSession
+
+EngineName = Literal["duckdb", "spark"]
+ENGINES: tuple[EngineName, ...] = ("duckdb", "spark")
+DEFAULT_MEMORY = "2GB"
+
+
+@dataclass(kw_only=True)
+class Engine:
+    """An ibis connection and a scratch folder of its own."""
+
+    name: EngineName
+    connection: BaseBackend
+    scratch: Path
+    _cached: list[Any] = field(default_factory=list)
+
+    def read_parquet(self, source: Path | Sequence[Path], columns: Sequence[str] | None = None) -> ir.Table:
+        """A folder of parquet parts (or the files themselves) as one table; `columns` keeps only those.
+
+        Raises DataError if there is no part, or a part is corrupt.
+        """
+        files = parquet_files(source)
+        check_parquet(files)
+        paths = [str(file) for file in files]
+        if self.name == "duckdb":
+            table = self.connection.read_parquet(paths, table_name=_name("parquet"), union_by_name=True)
+        else:
+            frame = self.spark.read.option("mergeSchema", "true").parquet(*paths)
+            name = _name("parquet")
+            frame.createOrReplaceTempView(name)
+            table = self.connection.table(name)
+        return table.select(*columns) if columns is not None else table
+
+    def from_arrow(self, table: pa.Table) -> ir.Table:
+        """A small in-memory table, visible to this engine (through a scratch file, so dtypes and zones survive)."""
+        path = self.scratch / f"{_name('arrow')}.parquet"
+        pq.write_table(table, path)
+        return self.read_parquet([path])
+
+    def keep(self, expr: ir.Table) -> ir.Table:
+        """Compute `expr` once; later expressions read the stored result (a DuckDB table, or a Spark cache)."""
+        cached = expr.cache()
+        self._cached.append(cached)
+        return cached
+
+    def count(self, expr: ir.Table) -> int:
+        return int(expr.count().execute())
+
+    def to_arrow(self, expr: ir.Table) -> pa.Table:
+        """The whole result. Order only as `expr` asks."""
+        schema = utc_schema(expr)
+        return pa.Table.from_batches(self.batches(expr, schema=schema), schema=schema)
+
+    def batches(
+        self, expr: ir.Table, *, rows: int = 65_536, schema: pa.Schema | None = None
+    ) -> Iterator[pa.RecordBatch]:
+        """The result in batches, in the order `expr` asks for, without holding it whole in memory.
+
+        schema: what to cast to; by default the expression's own, in which Spark's timestamps have no zone.
+        """
+        schema = schema or utc_schema(expr)
+        if self.name == "duckdb":
+            for batch in expr.to_pyarrow_batches(chunk_size=rows):
+                yield _conform(batch, schema)
+            return
+        # Through the driver's memory nothing large passes: Spark writes parts, whose names keep the global order.
+        folder = self.scratch / _name("result")
+        self.spark.sql(self.connection.compile(expr)).write.parquet(str(folder))
+        try:
+            for part in sorted(folder.glob("part-*.parquet")):
+                for batch in pq.ParquetFile(part).iter_batches(batch_size=rows):
+                    yield _conform(batch, schema)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    @property
+    def spark(self) -> SparkSession:
+        return self.connection._session
+
+    def release(self) -> None:
+        for cached in self._cached:
+            cached.release()
+        self._cached.clear()
+
+
+@contextmanager
+def open_engine(
+    name: str = "duckdb", *, memory: str | None = None, threads: int | None = None, scratch: Path | None = None
+) -> Iterator[Engine]:
+    """An engine for the length of the block.
+
+    memory: DuckDB's limit ("2GB"; PLAIT_MEMORY overrides the default), beyond which it spills into `scratch`; for Spark the driver's memory.
+    Raises UnknownNameError for an engine that is neither duckdb nor spark, SettingsError if Spark cannot start.
+    """
+    if name not in ENGINES:
+        raise UnknownNameError("engine", name, ENGINES)
+    memory = memory or os.environ.get("PLAIT_MEMORY", DEFAULT_MEMORY)
+    if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]i?B", memory, flags=re.IGNORECASE):
+        raise SettingsError(f"memory limit {memory!r} is not a size; write it like 500MB or 4GB")
+    if scratch is not None:
+        scratch.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="plait-engine-", dir=scratch))
+    try:
+        if name == "duckdb":
+            yield from _duckdb(folder, memory, threads)
+        else:
+            yield from _spark(folder, memory, threads)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _duckdb(folder: Path, memory: str, threads: int | None) -> Iterator[Engine]:
+    import ibis
+
+    # On disk rather than ":memory:": kept intermediate tables may then be larger than the memory limit.
+    config: dict[str, Any] = {"memory_limit": memory, "temp_directory": str(folder / "spill")}
+    if threads:
+        config["threads"] = threads
+    connection = ibis.duckdb.connect(folder / "engine.duckdb", **config)
+    engine = Engine(name="duckdb", connection=connection, scratch=folder)
+    try:
+        yield engine
+    finally:
+        engine.release()
+        connection.disconnect()
+
+
+def _spark(folder: Path, memory: str, threads: int | None) -> Iterator[Engine]:
+    try:
+        import ibis
+        from pyspark.sql import SparkSession
+    except ImportError as error:
+        raise SettingsError("--engine spark needs pyspark; install it with `pip install plait[spark]`") from error
+    if shutil.which("java") is None and "JAVA_HOME" not in os.environ:
+        raise SettingsError("--engine spark needs Java 17 and found no `java`; install a JRE or use --engine duckdb")
+    # Workers must run this environment's Python, not the machine's.
+    os.environ["PYSPARK_PYTHON"] = sys.executable
+    os.environ["PYSPARK_DRIVER_PYTHON"] = sys.executable
+    running = SparkSession.getActiveSession()
+    builder = SparkSession.builder.appName("plait")
+    if running is None:
+        builder = (
+            builder.master(os.environ.get("PLAIT_SPARK_MASTER", f"local[{threads or '*'}]"))
+            .config("spark.driver.memory", re.sub(r"\s*i?B$", "", memory, flags=re.IGNORECASE).lower())
+            .config("spark.ui.enabled", "false")
+            .config("spark.driver.host", "127.0.0.1")
+            .config("spark.sql.shuffle.partitions", os.environ.get("PLAIT_SPARK_PARTITIONS", "8"))
+            .config("spark.local.dir", str(folder))
+            .config("spark.sql.warehouse.dir", str(folder / "warehouse"))
+        )
+    session = running.newSession() if running is not None else builder.getOrCreate()
+    session.conf.set("spark.sql.session.timeZone", "UTC")
+    session.conf.set("spark.sql.parquet.outputTimestampType", "TIMESTAMP_MICROS")
+    # Parquet timestamps without a zone are UTC here, as in DuckDB, not "no time zone".
+    session.conf.set("spark.sql.parquet.inferTimestampNTZ.enabled", "false")
+    connection = ibis.pyspark.connect(session)
+    engine = Engine(name="spark", connection=connection, scratch=folder)
+    try:
+        yield engine
+    finally:
+        engine.release()
+        if running is None:
+            session.stop()
+
+
+def parquet_files(source: Path | Sequence[Path]) -> list[Path]:
+    """The parquet parts of a folder, sorted, or the given files. Raises DataError if there is none."""
+    if isinstance(source, Path):
+        files = sorted(file for file in source.glob("**/*.parquet") if not file.name.startswith((".", "_")))
+        if not files:
+            raise DataError(f"no parquet file in {source}; run `plait data prepare` (or roll the event log) first")
+        return files
+    if not source:
+        raise DataError("no parquet file given")
+    return list(source)
+
+
+def check_parquet(files: Sequence[Path]) -> None:
+    """Read every part's footer. Raises DataError naming the first part that is missing or corrupt."""
+    for file in files:
+        try:
+            pq.read_metadata(file)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise DataError(
+                f"{file} is not a readable parquet file ({error}); restore it, or delete it and write that part again"
+            ) from error
+
+
+def parquet_schema(source: Path | Sequence[Path]) -> pa.Schema:
+    """The union of the parts' schemas."""
+    files = parquet_files(source)
+    check_parquet(files)
+    return pa.unify_schemas([pads.dataset(file).schema for file in files], promote_options="permissive")
+
+
+def utc_schema(expr: ir.Table) -> pa.Schema:
+    """The Arrow schema of a result: nullable, timestamps in microseconds UTC whichever engine computes it."""
+    micros = pa.timestamp("us", tz="UTC")
+    return pa.schema(
+        [(spec.name, micros if pa.types.is_timestamp(spec.type) else spec.type) for spec in expr.schema().to_pyarrow()]
+    )
+
+
+def _conform(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    """Cast what an engine returns loosely (Spark: no zone; DuckDB: nullable flags) to the expression's schema."""
+    columns = []
+    for spec in schema:
+        column = batch.column(spec.name)
+        columns.append(column if column.type == spec.type else column.cast(spec.type))
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def _name(kind: str) -> str:
+    return f"plait_{kind}_{uuid.uuid4().hex[:12]}"

@@ -1,0 +1,219 @@
+"""Rows with label 0: which of the unclicked impressions to keep, or which items to draw, for each positive.
+
+A drawn negative is never an item its user ever gave a positive on, at any time and for any label. Draws are exact, not
+by rejection: with the user's own positives cut out of the catalogue's line of weights, a uniform draw on what is left
+is mapped back over the cuts. So no positive gets fewer than asked, however many items its user liked, as long as one
+other item exists. Draws are with replacement and fixed by the seed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from plait.errors import DataError
+from plait.offline.engine import Engine
+from plait.offline.hashing import with_draw
+from plait.offline.spec import NegativeSpec
+
+if TYPE_CHECKING:
+    import ibis.expr.types as ir
+
+# draw (32 bits) * total weight must stay inside 63 bits.
+MAX_TOTAL_WEIGHT = 1 << 30
+
+
+def with_negatives(
+    engine: Engine,
+    table: ir.Table,
+    own: ir.Table,
+    items: ir.Table,
+    spec: NegativeSpec,
+    *,
+    labels: tuple[str, ...],
+    seed: int,
+) -> ir.Table:
+    """`table` with the negatives `spec` asks for, plus `origin` ("impression", or the kind drawn) and `slot`.
+
+    table: labelled and split impressions. own: distinct (user_id, item_id) that must not be negatives of that user.
+    items: distinct item_id that may be drawn. Drawn rows take request, time, scene and split from their positive.
+    """
+    import ibis
+
+    table = table.mutate(origin=ibis.literal("impression"), slot=ibis.literal(0, type="int64"))
+    if spec.kind == "impressions":
+        return table
+    hit = _any_label(table, labels)
+    positives = engine.keep(table.filter(hit))
+    if engine.count(positives) == 0:
+        raise DataError("no sample bears a label, so there is nothing to draw negatives for; see the counts above")
+    unclicked = table.filter(~hit)
+    if spec.kind == "hard":
+        kept = _hard(positives, unclicked.anti_join(own, ["user_id", "item_id"]), spec, seed)
+        kept = kept.mutate(origin=ibis.literal("hard"))
+        return ibis.union(positives, kept.select(*table.columns))
+    if spec.kind == "in_batch":
+        drawn = _in_batch(engine, positives, own, spec, seed)
+    else:
+        drawn = _from_catalogue(engine, positives, own, items, spec, labels=labels, seed=seed)
+    shaped = _as_rows(drawn, table, labels, spec.kind)
+    base = table if spec.keep_impressions else positives
+    return ibis.union(base.select(*table.columns), shaped)
+
+
+def _any_label(table: ir.Table, labels: tuple[str, ...]) -> ir.BooleanValue:
+    hit = table[labels[0]] == 1
+    for label in labels[1:]:
+        hit = hit | (table[label] == 1)
+    return hit
+
+
+def _moment(table: ir.Table) -> ir.Table:
+    """The positive's time as two int64 columns to draw by; equal in both engines."""
+    return table.mutate(
+        at_s=table.timestamp.epoch_seconds().cast("int64"), at_us=table.timestamp.microsecond().cast("int64")
+    )
+
+
+def _slots(positives: ir.Table, n: int) -> ir.Table:
+    """Each positive n times, with `slot` 1 … n."""
+    import ibis
+
+    return positives.mutate(slot=ibis.range(1, n + 1).unnest().cast("int64"))
+
+
+def _catalogue(engine: Engine, positives: ir.Table, items: ir.Table, spec: NegativeSpec, label: str) -> ir.Table:
+    """item_id, weight >= 1 and start: items laid end to end, in order of item_id, on [0, total weight)."""
+    import ibis
+
+    if spec.kind == "uniform":
+        weighed = items.select("item_id").distinct().mutate(weight=ibis.literal(1, type="int64"))
+    else:
+        # Popularity of the training positives only: what becomes popular later is not known yet.
+        train = positives.filter(positives.split == "train", positives[label] == 1)
+        counts = train.group_by("item_id").aggregate(n=train.count())
+        counts = counts.mutate(raw=counts.n.cast("float64") ** spec.exponent)
+        total = float(counts.raw.sum().execute() or 0.0)
+        if not total > 0:
+            raise DataError(f"popularity needs training positives of {label!r} and found none; use uniform negatives")
+        scale = min(1e6, MAX_TOTAL_WEIGHT / total)
+        weight = ibis.greatest((counts.raw * scale + 0.5).floor().cast("int64"), ibis.literal(1, type="int64"))
+        weighed = counts.mutate(weight=weight).select("item_id", "weight")
+    up_to = weighed.weight.sum().over(ibis.window(order_by="item_id", rows=(None, 0)))
+    laid = weighed.mutate(start=(up_to - weighed.weight).cast("int64"))
+    return engine.keep(laid.select("item_id", "weight", "start"))
+
+
+def _from_catalogue(
+    engine: Engine,
+    positives: ir.Table,
+    own: ir.Table,
+    items: ir.Table,
+    spec: NegativeSpec,
+    *,
+    labels: tuple[str, ...],
+    seed: int,
+) -> ir.Table:
+    import ibis
+
+    catalogue = _catalogue(engine, positives, items, spec, labels[0])
+    size = catalogue.aggregate(total=catalogue.weight.sum(), n=catalogue.count()).execute()
+    total, n_items = int(size["total"][0] or 0), int(size["n"][0])
+    if n_items == 0:
+        raise DataError("the catalogue holds no item to draw negatives from; run `plait data prepare` again")
+
+    cuts = own.inner_join(catalogue, "item_id").select("user_id", "start", "weight")
+    before = ibis.window(group_by="user_id", order_by="start", rows=(None, 0))
+    cuts = cuts.mutate(up_to=cuts.weight.sum().over(before))
+    cuts = engine.keep(cuts.mutate(place=(cuts.start - (cuts.up_to - cuts.weight)).cast("int64")))
+    taken = cuts.group_by("user_id").aggregate(taken=cuts.weight.sum())
+
+    slots = with_draw(_slots(_moment(positives), spec.per_positive), "draw", _DRAW_KEYS, seed=seed)
+    slots = slots.left_join(taken, "user_id").drop("user_id_right")
+    slots = slots.mutate(room=(total - slots.taken.fill_null(0)).cast("int64"))
+    slots = slots.filter(slots.room > 0)
+    slots = slots.mutate(place=(slots.draw * slots.room) >> 32)
+
+    # One sorted pass per user: a draw at `place` skips every cut that lies at or before it.
+    draws = slots.select(*_ROW, "slot", "place", cut=ibis.literal(0, type="int64"))
+    no_row = {name: ibis.null(draws[name].type()) for name in _ROW if name != "user_id"}
+    marks = cuts.select(
+        "user_id", "place", **no_row, slot=ibis.literal(0, type="int64"), cut=cuts.weight.cast("int64")
+    ).select(*draws.columns)
+    line = ibis.union(draws, marks)
+    skipped = line.cut.sum().over(ibis.window(group_by="user_id", order_by="place", range=(None, 0)))
+    line = line.mutate(skipped=skipped)
+    line = line.filter(line.slot > 0)
+    line = line.mutate(at=(line.place + line.skipped).cast("int64"))
+
+    # Find the item whose stretch holds `at`: by equal-width buckets, so that it is an equi-join in both engines.
+    width = max(1, -(-total // n_items))
+    shelves = catalogue.select(drawn="item_id", start="start", stop=catalogue.start + catalogue.weight)
+    shelves = shelves.mutate(bucket=ibis.range(shelves.start // width, (shelves.stop - 1) // width + 1).unnest())
+    shelves = shelves.mutate(bucket=shelves.bucket.cast("int64"))
+    line = line.mutate(bucket=(line.at // width).cast("int64"))
+    found = line.inner_join(shelves, "bucket")
+    return found.filter(found.at >= found.start, found.at < found.stop).select(*_ROW, "slot", "drawn")
+
+
+def _in_batch(engine: Engine, positives: ir.Table, own: ir.Table, spec: NegativeSpec, seed: int) -> ir.Table:
+    """Up to per_positive distinct items of other positives in the same random group (of `batch` on average)."""
+    import ibis
+
+    groups = max(1, -(-engine.count(positives) // spec.batch))
+    grouped = with_draw(_moment(positives), "group", _ROW_KEYS, seed=seed + 1)
+    grouped = grouped.mutate(group=(grouped.group * groups) >> 32)
+    grouped = engine.keep(grouped.select(*_ROW, "at_s", "at_us", "group"))
+    # Groups are made within a split: a test positive must not become a training negative.
+    members = grouped.select("group", "split", drawn="item_id").distinct()
+    pairs = grouped.inner_join(members, ["group", "split"])
+    pairs = pairs.anti_join(own, [pairs.user_id == own.user_id, pairs.drawn == own.item_id])
+    pairs = with_draw(pairs, "draw", [*_ROW_KEYS, "drawn"], seed=seed + 2)
+    order = ibis.window(group_by=["request_id", "item_id"], order_by=["draw", "drawn"])
+    pairs = pairs.mutate(slot=(ibis.row_number().over(order) + 1).cast("int64"))
+    return pairs.filter(pairs.slot <= spec.per_positive).select(*_ROW, "slot", "drawn")
+
+
+def _hard(positives: ir.Table, unclicked: ir.Table, spec: NegativeSpec, seed: int) -> ir.Table:
+    """Unclicked impressions of the positives' own requests; for requests without any, of the user's other requests."""
+    import ibis
+
+    k = spec.per_positive
+    ranked = with_draw(_moment(unclicked), "draw", _ROW_KEYS, seed=seed)
+    wanted = positives.group_by("request_id", "user_id", "split").aggregate(wanted=positives.count() * k)
+    beside = ranked.inner_join(wanted.select("request_id", "wanted"), "request_id")
+    order = ibis.window(group_by="request_id", order_by=["draw", "item_id"])
+    beside = beside.mutate(rank=ibis.row_number().over(order))
+    chosen = beside.filter(beside.rank < beside.wanted).select(*unclicked.columns)
+
+    lonely = wanted.anti_join(unclicked.select("request_id").distinct(), "request_id")
+    lonely = lonely.group_by("user_id", "split").aggregate(wanted=lonely.wanted.sum())
+    elsewhere = ranked.anti_join(wanted.select("request_id"), "request_id")
+    elsewhere = elsewhere.inner_join(lonely, ["user_id", "split"])
+    order = ibis.window(group_by=["user_id", "split"], order_by=["draw", "request_id", "item_id"])
+    elsewhere = elsewhere.mutate(rank=ibis.row_number().over(order))
+    return ibis.union(chosen, elsewhere.filter(elsewhere.rank < elsewhere.wanted).select(*unclicked.columns))
+
+
+def _as_rows(drawn: ir.Table, like: ir.Table, labels: tuple[str, ...], kind: str) -> ir.Table:
+    """Drawn items as rows with the columns of `like`: the positive's row with another item and no label."""
+    import ibis
+
+    columns = {}
+    for name, dtype in like.schema().items():
+        if name == "item_id":
+            columns[name] = drawn.drawn
+        elif name in labels:
+            columns[name] = ibis.literal(0, type=dtype)
+        elif name == "origin":
+            columns[name] = ibis.literal(kind)
+        elif name in drawn.columns:
+            columns[name] = drawn[name]
+        else:
+            # Not shown, so without position, score or propensity.
+            columns[name] = ibis.null(dtype)
+    return drawn.select(**columns)
+
+
+_ROW = ("request_id", "user_id", "item_id", "timestamp", "scene", "split", "label_mature")
+_ROW_KEYS = ("user_id", "item_id", "at_s", "at_us")
+_DRAW_KEYS = (*_ROW_KEYS, "slot")
