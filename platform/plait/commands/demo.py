@@ -45,7 +45,7 @@ class DemoError(PlaitError):
 def demo(
     source: str, data_option: tuple[str, ...], users: int, models: str, host: str, port: int, serve: bool, fresh: bool
 ) -> None:
-    """Run the whole loop: data, features, three families of models, an experiment on simulated users, a retrained model.
+    """Run the whole loop: data, features, models, an experiment on simulated users, a retrained model.
 
     What is already there is reused: a second run goes straight to the server.
     """
@@ -102,7 +102,7 @@ class Run:
         with self.constant_traffic() as traffic:
             self.step("plait", "features", "build")
             self.materialize()
-            # The newest hundredth as test and another as validation, so that the served impressions are mostly trained on.
+            # Only the newest two hundredths are kept from training, so that most served impressions are trained on.
             self.step("plait", "samples", "build", "--fractions", "0.98,0.01,0.01")
             self.step("plait", "dataset", "build", RETRAINED)
             self.step("plait", "train", RETRAINED)
