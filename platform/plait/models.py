@@ -190,7 +190,7 @@ class ModelRegistry:
             .where(_alias_moves.c.name == name, ~_alias_moves.c.undone)
             .order_by(_alias_moves.c.id)
         )
-        return dict(moves.tuples().all())
+        return {move.alias: move.version for move in moves}
 
 
 def _patience(url: str | None) -> dict[str, Any]:
