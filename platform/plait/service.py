@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 import pyarrow as pa
@@ -146,10 +146,10 @@ def resolve_service(store: FeatureStore, name: str) -> ServiceSpec:
     request_fields: dict[str, pa.DataType] = {}
     for projection in service.feature_view_projections:
         if projection.name in on_demand:
-            view = on_demand[projection.name]
-            for source in view.source_feature_view_projections.values():
+            transform = on_demand[projection.name]
+            for source in transform.source_feature_view_projections.values():
                 _extend(read, source.name, (field.name for field in source.features))
-            for request in view.source_request_sources.values():
+            for request in transform.source_request_sources.values():
                 request_fields.update({field.name: _arrow(field.dtype) for field in request.schema})
     views = {view: _view_spec(stored[view], features) for view, features in read.items()}
     for projection in service.feature_view_projections:
@@ -231,7 +231,7 @@ def _extend(read: dict[str, list[str]], view: str, features: Iterable[str]) -> N
     wanted.extend(feature for feature in features if feature not in wanted)
 
 
-def _arrow(dtype: object) -> pa.DataType:
+def _arrow(dtype: Any) -> pa.DataType:
     from feast.types import from_feast_to_pyarrow_type
 
     arrow = from_feast_to_pyarrow_type(dtype)

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -123,7 +124,9 @@ class Truth:
         if not path.exists():
             raise DataError(f"no {path}: the home's data is not synthetic (run `plait data prepare synthetic`)")
         with np.load(path) as stored:
-            values = {name: stored[name] if stored[name].ndim else float(stored[name]) for name in stored.files}
+            values: dict[str, Any] = {
+                name: stored[name] if stored[name].ndim else float(stored[name]) for name in stored.files
+            }
         return cls(**values)
 
 
