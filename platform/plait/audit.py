@@ -29,7 +29,7 @@ from plait.artifacts import load_artifact
 from plait.errors import DataError, RegistryError
 from plait.eventlog import roll
 from plait.models import ModelRegistry
-from plait.offline.build import point_in_time
+from plait.offline.build import REQUEST_TIME, point_in_time
 from plait.service import ServiceSpec, open_store, resolve_service
 from plait.settings import Home
 
@@ -95,7 +95,8 @@ def _logged(home: Home, since: datetime | None, max_rows: int) -> pa.Table:
         SELECT user_id, item_id, timestamp AS event_timestamp, model, model_version, score, features
         FROM read_parquet($parts)
         WHERE features IS NOT NULL AND model IS NOT NULL AND ($since IS NULL OR timestamp >= $since::TIMESTAMPTZ)
-        QUALIFY row_number() OVER (PARTITION BY model, model_version ORDER BY timestamp DESC, request_id, position) <= $n
+        QUALIFY row_number() OVER newest <= $n
+        WINDOW newest AS (PARTITION BY model, model_version ORDER BY timestamp DESC, request_id, position)
         ORDER BY event_timestamp, request_id, position
     """
     with duckdb.connect(config={"TimeZone": "UTC"}) as db:
@@ -198,7 +199,25 @@ def _as_materialized(store: FeatureStore, spec: ServiceSpec, rows: pa.Table) -> 
         return None
     requested = rows["event_timestamp"].cast(pa.timestamp("us", tz="UTC")).to_pylist()
     marks = [max((end for end in ends if end <= when), default=when) for when in requested]
-    return point_in_time(store, spec, _samples(rows, pa.array(marks, pa.timestamp("us", tz="UTC"))))
+    stored = point_in_time(store, spec, _samples(rows, pa.array(marks, pa.timestamp("us", tz="UTC"))))
+    return _transform_again(stored, spec, rows)
+
+
+def _transform_again(stored: pa.Table, spec: ServiceSpec, rows: pa.Table) -> pa.Table:
+    """`stored` with its on-demand features computed at the time of the request, as the server did."""
+    seconds = pc.floor_temporal(rows["event_timestamp"], unit="second").cast(pa.timestamp("s", tz="UTC"))
+    request_timestamp = seconds.cast(pa.int64())
+    for transform in spec.transforms:
+        if not set(transform.inputs) <= {*stored.column_names, REQUEST_TIME}:
+            continue  # an input is not itself a feature of the service, so it is not at hand here
+        inputs = {name: request_timestamp if name == REQUEST_TIME else stored[name] for name in transform.inputs}
+        outputs = transform.function(pa.table(inputs).to_pandas())
+        for name in transform.outputs:
+            if name in stored.column_names:
+                at = stored.column_names.index(name)
+                column = pa.array(outputs[name], from_pandas=True).cast(stored.schema.field(name).type)
+                stored = stored.set_column(at, name, column)
+    return stored
 
 
 def _audit_feature(
