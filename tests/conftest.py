@@ -1,0 +1,45 @@
+"""What tests of several folders share."""
+
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PROJECT_FILES = ("feature_store.yaml", ".feastignore", "feature_repo", "experiments", "trainers/configs", "serving")
+
+
+def copy_project(target: Path) -> Path:
+    """A project of its own: what a user edits, without the data."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in PROJECT_FILES:
+        source = ROOT / name
+        if source.is_dir():
+            skip = shutil.ignore_patterns("__pycache__", "*.py") if name != "feature_repo" else None
+            shutil.copytree(source, target / name, ignore=skip or shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, target / name)
+    return target
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A fresh project folder, a copy of this one's declarations."""
+    return copy_project(tmp_path / "project")
+
+
+@pytest.fixture
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """Real data sets that may not be redistributed: `shared/data` beside the repository, where somebody put them."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no real data sets in {folder}")
+    return folder

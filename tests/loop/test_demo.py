@@ -1,0 +1,88 @@
+"""The whole loop runs, small: from no data to a model retrained on the server's own log."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+pytestmark = pytest.mark.slow
+BIN = Path(sys.executable).parent
+
+
+def plait(project, *arguments, timeout=600):
+    return subprocess.run(
+        [str(BIN / "plait"), *arguments], cwd=project, capture_output=True, text=True, timeout=timeout,
+        env=os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "COLUMNS": "200"},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    from conftest import copy_project
+
+    project = copy_project(tmp_path_factory.mktemp("demo") / "project")
+    port = _free_port()
+    run = plait(
+        project, "demo", "--data", "synthetic", "--data-option=--users=300", "--data-option=--items=80",
+        "--data-option=--requests=3000", "--users", "60", "--models", "deepfm,lightgbm,xgboost,logistic",
+        "--port", str(port),
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+    return project, run
+
+
+def _free_port():
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_the_demo_runs_the_loop_and_loses_no_request(demo):
+    _, run = demo
+    assert "from lightgbm:1 to lightgbm:2 under traffic" in run.stdout
+    assert ", 0 failed" in run.stdout
+    assert "curl -s http://127.0.0.1" in run.stdout
+
+
+def test_every_impression_is_logged_with_arm_model_and_features(demo):
+    project, _ = demo
+    parts = sorted((project / ".plait/events/impressions").glob("log-*.parquet"))
+    shown = [row for part in parts for row in pq.read_table(part).to_pylist()]
+    assert shown
+    for row in shown:
+        assert row["model"] in {"deepfm", "lightgbm"}
+        assert row["model_version"]
+        assert json.loads(row["features"])
+        assert row["position"] >= 1
+    assert {arm["layer"] for row in shown for arm in row["arms"]} >= {"rank"}
+
+
+def test_the_log_became_samples(demo):
+    project, _ = demo
+    samples = pq.read_table(project / ".plait/samples/default", columns=["request_id", "click", "split"]).to_pylist()
+    live = [row for row in samples if not row["request_id"].startswith("s")]
+    assert any(row["click"] for row in live)
+    assert any(row["split"] == "train" for row in live)
+
+
+def test_live_features_equal_offline_ones(demo):
+    project, _ = demo
+    run = plait(project, "audit", "--strict", "--format", "json")
+    assert run.returncode == 0, run.stdout + run.stderr
+    for model in json.loads(run.stdout):
+        assert model["n_rows"] > 0
+        assert model["logged_score_off_max"] < 1e-5
+
+
+def test_a_second_demo_reuses_what_is_there(demo):
+    project, _ = demo
+    run = plait(project, "demo", "--data", "synthetic", "--port", str(_free_port()))
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "the loop has run on synthetic already" in run.stdout
+    assert "plait train" not in run.stdout
