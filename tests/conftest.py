@@ -23,17 +23,28 @@ def copy_project(target: Path) -> Path:
     return target
 
 
+@pytest.fixture(scope="session")
+def make_project():
+    """Copies this project's declarations into a folder, for tests that share one between them."""
+    return copy_project
+
+
 @pytest.fixture
 def project(tmp_path):
     """A fresh project folder, a copy of this one's declarations."""
     return copy_project(tmp_path / "project")
 
 
-@pytest.fixture
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+@pytest.fixture(scope="session")
+def find_port():
+    """Finds a free loopback port."""
+
+    def find() -> int:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return probe.getsockname()[1]
+
+    return find
 
 
 @pytest.fixture(scope="session")

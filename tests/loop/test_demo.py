@@ -21,11 +21,9 @@ def plait(project, *arguments, timeout=600):
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    from conftest import copy_project
-
-    project = copy_project(tmp_path_factory.mktemp("demo") / "project")
-    port = _free_port()
+def demo(tmp_path_factory, make_project, find_port):
+    project = make_project(tmp_path_factory.mktemp("demo") / "project")
+    port = find_port()
     run = plait(
         project, "demo", "--data", "synthetic", "--data-option=--users=300", "--data-option=--items=80",
         "--data-option=--requests=3000", "--users", "60", "--models", "deepfm,lightgbm,xgboost,logistic",
@@ -33,14 +31,6 @@ def demo(tmp_path_factory):
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
     return project, run
-
-
-def _free_port():
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_the_demo_runs_the_loop_and_loses_no_request(demo):
@@ -80,9 +70,9 @@ def test_live_features_equal_offline_ones(demo):
         assert model["logged_score_off_max"] < 1e-5
 
 
-def test_a_second_demo_reuses_what_is_there(demo):
+def test_a_second_demo_reuses_what_is_there(demo, find_port):
     project, _ = demo
-    run = plait(project, "demo", "--data", "synthetic", "--port", str(_free_port()))
+    run = plait(project, "demo", "--data", "synthetic", "--port", str(find_port()))
     assert run.returncode == 0, run.stdout + run.stderr
     assert "the loop has run on synthetic already" in run.stdout
     assert "plait train" not in run.stdout
