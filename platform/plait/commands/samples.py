@@ -22,7 +22,9 @@ def samples() -> None:
 @samples.command()
 @click.option("--spec", "spec_file", type=click.Path(path_type=Path), help="YAML file with any of the choices below.")
 @click.option("--name", help="Folder below samples/ to write (default: default).")
-@click.option("--label", "labels", multiple=True, help="click, like=rating>=4, long=sum(dwell)>=30; repeat for several.")
+@click.option(
+    "--label", "labels", multiple=True, help="click, like=rating>=4, long=sum(dwell)>=30; repeat for several."
+)
 @click.option("--join", type=click.Choice(specs.JOINS), help="How feedback finds its impression.")
 @click.option("--touch", type=click.Choice(specs.TOUCHES), help="Credit the last impression in the window, or any.")
 @click.option("--window", help="Attribution window: 30m, 12h, 7d (default 1d).")

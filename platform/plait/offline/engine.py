@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import ibis
 import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
@@ -32,6 +33,16 @@ if TYPE_CHECKING:
 EngineName = Literal["duckdb", "spark"]
 ENGINES: tuple[EngineName, ...] = ("duckdb", "spark")
 DEFAULT_MEMORY = "2GB"
+
+
+@ibis.udf.scalar.builtin(name="epoch_us", signature=(("timestamp",), "int64"))
+def _epoch_us(moment):  # type: ignore[no-untyped-def]
+    """DuckDB's name of it."""
+
+
+@ibis.udf.scalar.builtin(name="unix_micros", signature=(("timestamp",), "int64"))
+def _unix_micros(moment):  # type: ignore[no-untyped-def]
+    """Spark's name of it."""
 
 
 @dataclass(kw_only=True)
@@ -102,6 +113,10 @@ class Engine:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
+    def micros(self, moment: ir.TimestampValue) -> ir.IntegerValue:
+        """Microseconds since 1970 of a timestamp column; ibis has no operation for it."""
+        return (_epoch_us if self.name == "duckdb" else _unix_micros)(moment)
+
     @property
     def spark(self) -> SparkSession:
         return self.connection._session
@@ -138,9 +153,13 @@ def open_engine(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _duckdb(folder: Path, memory: str, threads: int | None) -> Iterator[Engine]:
-    import ibis
+def stack(top: ir.Table, bottom: ir.Table) -> ir.Table:
+    """Rows of both, in the columns and types of `top` (Spark narrows a literal's type, so unions must be told)."""
+    schema = top.schema()
+    return ibis.union(top, bottom.select(*(bottom[name].cast(dtype).name(name) for name, dtype in schema.items())))
 
+
+def _duckdb(folder: Path, memory: str, threads: int | None) -> Iterator[Engine]:
     # On disk rather than ":memory:": kept intermediate tables may then be larger than the memory limit.
     config: dict[str, Any] = {"memory_limit": memory, "temp_directory": str(folder / "spill")}
     if threads:
@@ -156,7 +175,6 @@ def _duckdb(folder: Path, memory: str, threads: int | None) -> Iterator[Engine]:
 
 def _spark(folder: Path, memory: str, threads: int | None) -> Iterator[Engine]:
     try:
-        import ibis
         from pyspark.sql import SparkSession
     except ImportError as error:
         raise SettingsError("--engine spark needs pyspark; install it with `pip install plait[spark]`") from error

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from plait.errors import DataError
-from plait.offline.engine import Engine
+from plait.offline.engine import Engine, stack
 from plait.offline.hashing import with_draw
 from plait.offline.spec import NegativeSpec
 
@@ -48,16 +48,16 @@ def with_negatives(
         raise DataError("no sample bears a label, so there is nothing to draw negatives for; see the counts above")
     unclicked = table.filter(~hit)
     if spec.kind == "hard":
-        kept = _hard(positives, unclicked.anti_join(own, ["user_id", "item_id"]), spec, seed)
+        kept = _hard(engine, positives, unclicked.anti_join(own, ["user_id", "item_id"]), spec, seed)
         kept = kept.mutate(origin=ibis.literal("hard"))
-        return ibis.union(positives, kept.select(*table.columns))
+        return stack(positives, kept)
     if spec.kind == "in_batch":
         drawn = _in_batch(engine, positives, own, spec, seed)
     else:
         drawn = _from_catalogue(engine, positives, own, items, spec, labels=labels, seed=seed)
     shaped = _as_rows(drawn, table, labels, spec.kind)
     base = table if spec.keep_impressions else positives
-    return ibis.union(base.select(*table.columns), shaped)
+    return stack(base, shaped)
 
 
 def _any_label(table: ir.Table, labels: tuple[str, ...]) -> ir.BooleanValue:
@@ -67,11 +67,9 @@ def _any_label(table: ir.Table, labels: tuple[str, ...]) -> ir.BooleanValue:
     return hit
 
 
-def _moment(table: ir.Table) -> ir.Table:
-    """The positive's time as two int64 columns to draw by; equal in both engines."""
-    return table.mutate(
-        at_s=table.timestamp.epoch_seconds().cast("int64"), at_us=table.timestamp.microsecond().cast("int64")
-    )
+def _moment(engine: Engine, table: ir.Table) -> ir.Table:
+    """The row's time as an int64 column to draw by."""
+    return table.mutate(at_us=engine.micros(table.timestamp))
 
 
 def _slots(positives: ir.Table, n: int) -> ir.Table:
@@ -127,7 +125,7 @@ def _from_catalogue(
     cuts = engine.keep(cuts.mutate(place=(cuts.start - (cuts.up_to - cuts.weight)).cast("int64")))
     taken = cuts.group_by("user_id").aggregate(taken=cuts.weight.sum())
 
-    slots = with_draw(_slots(_moment(positives), spec.per_positive), "draw", _DRAW_KEYS, seed=seed)
+    slots = with_draw(_slots(_moment(engine, positives), spec.per_positive), "draw", _DRAW_KEYS, seed=seed)
     slots = slots.left_join(taken, "user_id").drop("user_id_right")
     slots = slots.mutate(room=(total - slots.taken.fill_null(0)).cast("int64"))
     slots = slots.filter(slots.room > 0)
@@ -136,10 +134,8 @@ def _from_catalogue(
     # One sorted pass per user: a draw at `place` skips every cut that lies at or before it.
     draws = slots.select(*_ROW, "slot", "place", cut=ibis.literal(0, type="int64"))
     no_row = {name: ibis.null(draws[name].type()) for name in _ROW if name != "user_id"}
-    marks = cuts.select(
-        "user_id", "place", **no_row, slot=ibis.literal(0, type="int64"), cut=cuts.weight.cast("int64")
-    ).select(*draws.columns)
-    line = ibis.union(draws, marks)
+    marks = cuts.select("user_id", "place", **no_row, slot=ibis.literal(0, type="int64"), cut=cuts.weight)
+    line = stack(draws, marks)
     skipped = line.cut.sum().over(ibis.window(group_by="user_id", order_by="place", range=(None, 0)))
     line = line.mutate(skipped=skipped)
     line = line.filter(line.slot > 0)
@@ -160,9 +156,9 @@ def _in_batch(engine: Engine, positives: ir.Table, own: ir.Table, spec: Negative
     import ibis
 
     groups = max(1, -(-engine.count(positives) // spec.batch))
-    grouped = with_draw(_moment(positives), "group", _ROW_KEYS, seed=seed + 1)
+    grouped = with_draw(_moment(engine, positives), "group", _ROW_KEYS, seed=seed + 1)
     grouped = grouped.mutate(group=(grouped.group * groups) >> 32)
-    grouped = engine.keep(grouped.select(*_ROW, "at_s", "at_us", "group"))
+    grouped = engine.keep(grouped.select(*_ROW, "at_us", "group"))
     # Groups are made within a split: a test positive must not become a training negative.
     members = grouped.select("group", "split", drawn="item_id").distinct()
     pairs = grouped.inner_join(members, ["group", "split"])
@@ -173,12 +169,12 @@ def _in_batch(engine: Engine, positives: ir.Table, own: ir.Table, spec: Negative
     return pairs.filter(pairs.slot <= spec.per_positive).select(*_ROW, "slot", "drawn")
 
 
-def _hard(positives: ir.Table, unclicked: ir.Table, spec: NegativeSpec, seed: int) -> ir.Table:
+def _hard(engine: Engine, positives: ir.Table, unclicked: ir.Table, spec: NegativeSpec, seed: int) -> ir.Table:
     """Unclicked impressions of the positives' own requests; for requests without any, of the user's other requests."""
     import ibis
 
     k = spec.per_positive
-    ranked = with_draw(_moment(unclicked), "draw", _ROW_KEYS, seed=seed)
+    ranked = with_draw(_moment(engine, unclicked), "draw", _ROW_KEYS, seed=seed)
     wanted = positives.group_by("request_id", "user_id", "split").aggregate(wanted=positives.count() * k)
     beside = ranked.inner_join(wanted.select("request_id", "wanted"), "request_id")
     order = ibis.window(group_by="request_id", order_by=["draw", "item_id"])
@@ -191,7 +187,7 @@ def _hard(positives: ir.Table, unclicked: ir.Table, spec: NegativeSpec, seed: in
     elsewhere = elsewhere.inner_join(lonely, ["user_id", "split"])
     order = ibis.window(group_by=["user_id", "split"], order_by=["draw", "request_id", "item_id"])
     elsewhere = elsewhere.mutate(rank=ibis.row_number().over(order))
-    return ibis.union(chosen, elsewhere.filter(elsewhere.rank < elsewhere.wanted).select(*unclicked.columns))
+    return stack(chosen, elsewhere.filter(elsewhere.rank < elsewhere.wanted))
 
 
 def _as_rows(drawn: ir.Table, like: ir.Table, labels: tuple[str, ...], kind: str) -> ir.Table:
@@ -215,5 +211,5 @@ def _as_rows(drawn: ir.Table, like: ir.Table, labels: tuple[str, ...], kind: str
 
 
 _ROW = ("request_id", "user_id", "item_id", "timestamp", "scene", "split", "label_mature")
-_ROW_KEYS = ("user_id", "item_id", "at_s", "at_us")
+_ROW_KEYS = ("user_id", "item_id", "at_us")
 _DRAW_KEYS = (*_ROW_KEYS, "slot")

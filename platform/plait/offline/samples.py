@@ -138,9 +138,7 @@ def build_samples(
     return manifest
 
 
-def sample_rows(
-    engine: Engine, home: Home, spec: SampleSpec, *, now: datetime, note: Callable[..., None]
-) -> ir.Table:
+def sample_rows(engine: Engine, home: Home, spec: SampleSpec, *, now: datetime, note: Callable[..., None]) -> ir.Table:
     """All of the pipeline but the writing: an expression with the samples' columns, unordered, without sample_id."""
     import ibis
 
@@ -192,7 +190,9 @@ def load(engine: Engine, home: Home, kind: str, note: Callable[..., None]) -> ir
     found = set(parquet_schema(folder).names)
     missing = [name for name in REQUIRED[kind] if name not in found]
     if missing:
-        raise DataError(f"{folder} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}; it has {', '.join(sorted(found))}")
+        raise DataError(
+            f"{folder} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}; it has {', '.join(sorted(found))}"
+        )
     raw = engine.read_parquet(folder)
     columns = {}
     wanted = IMPRESSIONS if kind == "impressions" else FEEDBACK

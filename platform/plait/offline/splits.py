@@ -34,8 +34,7 @@ def _by_time(engine: Engine, table: ir.Table, spec: SplitSpec) -> ir.Table:
     cuts = []
     for share in (spec.train, spec.train + spec.valid):
         at = round(n * share)
-        moment = ordered.limit(1, offset=at).execute()["timestamp"] if at < n else []
-        cuts.append(moment[0] if len(moment) else None)
+        cuts.append(engine.to_arrow(ordered.limit(1, offset=at)).column("timestamp")[0].as_py() if at < n else None)
     valid_from, test_from = (None if cut is None else ibis.literal(cut, type=table.timestamp.type()) for cut in cuts)
     moment = table.timestamp
     in_test = ibis.literal(False) if test_from is None else moment >= test_from

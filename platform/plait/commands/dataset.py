@@ -1,0 +1,79 @@
+"""`plait dataset`: training sets, samples joined to a model's feature service."""
+
+from __future__ import annotations
+
+import click
+
+from plait.errors import SpecError, UnknownNameError
+from plait.settings import find_home
+
+
+@click.group()
+def dataset() -> None:
+    """Build a model's training set: samples joined to its feature service, point in time."""
+
+
+@dataset.command()
+@click.argument("model", required=False)
+@click.option("--service", help="A feature service by name, instead of a model's.")
+@click.option("--label", help="Another label of the samples than the model's.")
+@click.option("--samples", default="default", show_default=True, help="Which samples/NAME to join.")
+@click.option("--chunk-rows", default=1_000_000, show_default=True, help="Rows of one join: bounds memory.")
+@click.option("--card/--no-card", default=True, show_default=True, help="Also write the data card.")
+def build(model: str | None, service: str | None, label: str | None, samples: str, chunk_rows: int, card: bool) -> None:
+    """Write datasets/SAMPLES-HASH for MODEL (trainers/configs/MODEL.yaml), or reuse it if it is there."""
+    from tqdm import tqdm
+
+    from plait.offline.build import build_dataset, read_model
+    from plait.offline.card import write_card
+
+    if bool(model) == bool(service):
+        raise SpecError("name one of MODEL and --service, for instance `plait dataset build deepfm`")
+    if chunk_rows < 1:
+        raise SpecError(f"--chunk-rows is {chunk_rows}; give at least 1")
+    home = find_home()
+    if model:
+        data = read_model(home, model)
+        service, label = data.feature_service, label or data.label
+    with tqdm(unit="row", unit_scale=True, desc="join", leave=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        built = build_dataset(
+            home, str(service), label=label, samples=samples, chunk_rows=chunk_rows, progress=progress
+        )
+        built_now = bar.n > 0
+    click.echo(f"{'built' if built_now else 'reused'} {built.folder} ({built.manifest.data_hash[:12]})")
+    for part, rows in built.manifest.rows.items():
+        click.echo(f"  {part:<6} {rows:>12,} rows")
+    click.echo(f"  {len(built.features)} features of {built.manifest.feature_service}")
+    if card:
+        for warning in write_card(built, label=label).warnings:
+            click.echo(f"warning: {warning}", err=True)
+
+
+@dataset.command("list")
+def list_() -> None:
+    """List the datasets, newest first."""
+    from plait.offline.dataset import find_datasets
+
+    for found in find_datasets(find_home().datasets):
+        rows = sum(found.manifest.rows.values())
+        created = found.manifest.created
+        click.echo(f"{found.folder.name}  {rows:>12,} rows  {len(found.features):>3} features  {created}")
+
+
+@dataset.command()
+@click.argument("name", required=False)
+def show(name: str | None) -> None:
+    """Print the data card of dataset NAME (default: the newest)."""
+    from plait.offline.card import write_card
+    from plait.offline.dataset import find_datasets
+
+    found = {each.folder.name: each for each in find_datasets(find_home().datasets)}
+    name = name or next(iter(found), "")
+    if name not in found:
+        raise UnknownNameError("dataset", name, found)
+    click.echo(write_card(found[name]).to_markdown())

@@ -1,0 +1,312 @@
+"""`plait dataset build`: samples joined, point in time, to a feature service by Feast's get_historical_features.
+
+The folder's name is a hash of all that decides its rows (samples, views and the state of their sources, transforms),
+so a dataset that exists is reused and two models of equal features share one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import yaml
+
+from plait.errors import DataError, PlaitError, SpecError, StoreError, UnknownNameError
+from plait.files import atomic_folder
+from plait.offline.dataset import MANIFEST, Dataset, DatasetManifest, FeatureColumn, corrupt_part
+from plait.offline.parts import PartWriter, content_hash
+from plait.offline.samples import SampleManifest, read_manifest
+from plait.offline.saved import register_dataset
+from plait.offline.splits import PARTS
+from plait.settings import Home
+
+if TYPE_CHECKING:
+    from feast import FeatureStore
+
+    from plait.service import ServiceSpec
+
+CHUNK_ROWS = 1_000_000
+ROW = "sample_id"
+TIME = "event_timestamp"
+REQUEST_TIME = "request_timestamp"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelData:
+    """What the hub reads of a model configuration: which service feeds it and which label it learns."""
+
+    name: str
+    feature_service: str
+    label: str
+
+
+def read_model(home: Home, name: str) -> ModelData:
+    """The model's configuration below trainers/configs/ of the project.
+
+    Raises UnknownNameError (did you mean) for an unknown model, SpecError for a configuration without the keys.
+    """
+    folder = home.project / "trainers" / "configs"
+    files = {path.stem: path for path in folder.glob("*.yaml")}
+    if name not in files:
+        raise UnknownNameError("model configuration", name, files, where=str(folder))
+    try:
+        values = yaml.safe_load(files[name].read_text())
+    except yaml.YAMLError as error:
+        raise SpecError(f"{files[name]} is not YAML: {error}") from error
+    missing = [key for key in ("feature_service", "label") if not isinstance((values or {}).get(key), str)]
+    if missing:
+        raise SpecError(f"{files[name]} lacks {' and '.join(missing)} (each a name)")
+    return ModelData(name=values.get("name", name), feature_service=values["feature_service"], label=values["label"])
+
+
+def build_dataset(
+    home: Home,
+    service: str,
+    *,
+    label: str | None = None,
+    samples: str = "default",
+    store: FeatureStore | None = None,
+    chunk_rows: int = CHUNK_ROWS,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Dataset:
+    """The dataset of `service` over samples/<samples>: built, or opened if it is already there.
+
+    store: by default the project's. chunk_rows: rows of one point-in-time join, which bounds memory.
+    progress: called with (rows done, rows in all). Raises DataError, SpecError, UnknownNameError, StoreError.
+    """
+    from plait.service import open_store, resolve_service
+
+    folder = home.samples / samples
+    manifest = read_manifest(folder)
+    if label is not None and label not in manifest.labels:
+        raise UnknownNameError(
+            "label", label, manifest.labels, where=f"samples {samples!r} (add it with plait samples build --label)"
+        )
+    store = store or open_store(home)
+    spec = resolve_service(store, service)
+    _refuse_clashes(spec, manifest)
+    key = dataset_key(store, spec, manifest)
+    target = home.datasets / f"{samples}-{key[:16]}"
+    if (target / MANIFEST).exists():
+        try:
+            return Dataset.open(target)
+        except DataError:
+            pass  # damaged: built again, and swapped in whole
+    with atomic_folder(target) as aside:
+        _write(store, spec, manifest, folder, aside, key=key, label=label, chunk_rows=chunk_rows, progress=progress)
+    built = Dataset.open(target)
+    register_dataset(store, built)
+    return built
+
+
+def dataset_key(store: FeatureStore, spec: ServiceSpec, samples: SampleManifest) -> str:
+    """Hash of all that decides a dataset's rows. Two services with the same features have the same key."""
+    views = {}
+    for view in spec.views:
+        stored = store.get_feature_view(view.name)
+        views[view.name] = {
+            "join_keys": view.join_keys,
+            "features": view.features,
+            "ttl_s": view.ttl.total_seconds() if view.ttl else None,
+            "source": _source_state(store, stored.batch_source),
+        }
+    decides = {
+        "samples": samples.data_hash,
+        "features": [(feature.name, feature.view, str(feature.dtype)) for feature in spec.features],
+        "views": views,
+        "transforms": spec.transform_hashes,
+        "derived_keys": {key: list(value) for key, value in spec.derived_keys.items()},
+        "offline_store": type(store.config.offline_store).__name__,
+    }
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+
+def _source_state(store: FeatureStore, source: Any) -> Any:
+    """Files of a file source with size and time of change; for other sources their definition."""
+    path = getattr(source, "path", None)
+    if not path:
+        return source.to_proto().SerializeToString(deterministic=True).hex() if source is not None else None
+    place = Path(path) if Path(path).is_absolute() else Path(str(store.repo_path)) / path
+    if "*" in place.name:
+        files = sorted(place.parent.glob(place.name))
+    else:
+        files = sorted(place.rglob("*.parquet")) if place.is_dir() else [place]
+    state = []
+    for file in files:
+        if file.exists():
+            stat = file.stat()
+            state.append([str(file.name), stat.st_size, stat.st_mtime_ns])
+    return [str(path), state]
+
+
+def _refuse_clashes(spec: ServiceSpec, samples: SampleManifest) -> None:
+    taken = {ROW, "request_id", TIME, "weight", "split", "label_mature", "origin", *samples.labels}
+    for feature in spec.features:
+        if feature.name in taken:
+            raise SpecError(
+                f"feature {feature.name!r} of {spec.name} has the name of a sample column; rename it in feature_repo"
+            )
+
+
+def _write(
+    store: FeatureStore,
+    spec: ServiceSpec,
+    samples: SampleManifest,
+    source: Path,
+    aside: Path,
+    *,
+    key: str,
+    label: str | None,
+    chunk_rows: int,
+    progress: Callable[[int, int], None],
+) -> None:
+    first = source / samples.parts[0].path
+    with corrupt_part(first):
+        sample_schema = pq.read_schema(first).remove_metadata()
+    names = [feature.name for feature in spec.features]
+    kept = [field for field in sample_schema if field.name not in names]
+    schema = pa.schema([*kept, *spec.schema()])
+    writers = {part: PartWriter(aside / part, schema, root=aside) for part in PARTS}
+    positives = {name: dict.fromkeys(PARTS, 0) for name in samples.labels}
+    done, total = 0, sum(samples.rows.values())
+    for chunk in _chunks(source, samples, chunk_rows):
+        features = point_in_time(store, spec, chunk)
+        rows = pa.Table.from_arrays(
+            [*(chunk.column(field.name) for field in kept), *(features.column(name) for name in names)], schema=schema
+        )
+        for part in PARTS:
+            of_part = rows.filter(pc.equal(rows.column("split"), part))
+            if of_part.num_rows:
+                writers[part].write(of_part)
+            for name, counts in positives.items():
+                counts[part] += pc.sum(of_part.column(name)).as_py() or 0
+        done += chunk.num_rows
+        progress(done, total)
+    parts = tuple(part for name in PARTS for part in writers[name].close())
+    manifest = DatasetManifest(
+        key=key,
+        data_hash=content_hash(parts),
+        feature_service=spec.name,
+        features=tuple(
+            FeatureColumn(name=feature.name, view=feature.view, dtype=str(feature.dtype), side=feature.side)
+            for feature in spec.features
+        ),
+        transforms=spec.transform_hashes,
+        derived_keys={name: ":".join(value) for name, value in spec.derived_keys.items()},
+        label=label or samples.labels[0],
+        labels=samples.labels,
+        samples=samples.name,
+        samples_hash=samples.data_hash,
+        split=samples.spec["split"],
+        rows={part: writers[part].n_rows for part in PARTS},
+        positives=positives,
+        schema={field.name: str(field.type) for field in schema},
+        parts=parts,
+        versions=_versions(),
+    )
+    (aside / MANIFEST).write_bytes(manifest.to_json())
+
+
+def _chunks(folder: Path, samples: SampleManifest, rows: int) -> Iterator[pa.Table]:
+    """The samples in order, `rows` at a time."""
+    waiting: list[pa.RecordBatch] = []
+    n_waiting = 0
+    for part in samples.parts:
+        file = folder / part.path
+        if not file.exists():
+            raise DataError(f"{file} is missing; run `plait samples build` again")
+        with corrupt_part(file), pq.ParquetFile(file) as parquet:
+            for batch in parquet.iter_batches(batch_size=min(rows, 65_536)):
+                waiting.append(batch)
+                n_waiting += batch.num_rows
+                if n_waiting >= rows:
+                    yield pa.Table.from_batches(waiting)
+                    waiting, n_waiting = [], 0
+    if n_waiting:
+        yield pa.Table.from_batches(waiting)
+
+
+def point_in_time(store: FeatureStore, spec: ServiceSpec, samples: pa.Table) -> pa.Table:
+    """Every feature of `spec` for every sample, as of its event_timestamp: canonical order and dtypes, samples' order.
+
+    samples: sample_id, event_timestamp, the join keys, and columns for request fields other than request_timestamp.
+    """
+    frame = _entity_frame(spec, samples)
+    for key, (view, feature) in spec.derived_keys.items():
+        # As of the sample, as everything else: a movie's genre of then, not of now.
+        found = _retrieve(store, frame, [f"{view}:{feature}"], samples)
+        frame = frame.append_column(key, found.column(feature))
+    found = _retrieve(store, frame, store.get_feature_service(spec.name), samples)
+    return pa.Table.from_arrays(
+        [_cast(found.column(feature.name), feature.dtype, feature.name) for feature in spec.features],
+        schema=spec.schema(),
+    )
+
+
+def _entity_frame(spec: ServiceSpec, samples: pa.Table) -> pa.Table:
+    keys = [*spec.request_keys, *spec.candidate_keys]
+    columns = {name: samples.column(name) for name in (ROW, *keys, TIME)}
+    for name, dtype in spec.request_fields.items():
+        if name == REQUEST_TIME:
+            columns[name] = pc.floor_temporal(samples.column(TIME), unit="second").cast(pa.timestamp("s", tz="UTC"))
+            columns[name] = columns[name].cast(pa.int64()).cast(dtype)
+        elif name in samples.column_names:
+            columns[name] = samples.column(name).cast(dtype)
+        else:
+            raise SpecError(
+                f"{spec.name} needs the request field {name!r}, and the samples have no such column; "
+                f"known: {', '.join([REQUEST_TIME, *samples.column_names])}"
+            )
+    return pa.table(columns)
+
+
+def _retrieve(store: FeatureStore, frame: pa.Table, features: Any, samples: pa.Table) -> pa.Table:
+    """Feast's historical retrieval, back in the samples' order (the stock stores lose it)."""
+    try:
+        job = store.get_historical_features(entity_df=_to_pandas(frame), features=features)
+        found = job.to_arrow()
+    except PlaitError:
+        raise
+    except Exception as error:
+        raise StoreError(f"historical retrieval failed: {type(error).__name__}: {error}") from error
+    if found.num_rows != samples.num_rows:
+        raise StoreError(
+            f"historical retrieval returned {found.num_rows} rows for {samples.num_rows}; a feature table holds "
+            "several rows of one key and time: rebuild it with `plait features build`"
+        )
+    if not found.column(ROW).combine_chunks().equals(samples.column(ROW).combine_chunks()):
+        found = found.take(pc.sort_indices(found.column(ROW)))
+        wanted = samples.column(ROW).take(pc.sort_indices(samples.column(ROW)))
+        if not found.column(ROW).combine_chunks().equals(wanted.combine_chunks()):
+            raise StoreError("historical retrieval returned other rows than were asked for")
+    return found
+
+
+def _to_pandas(frame: pa.Table) -> Any:
+    # Feast's entity frames are pandas; only keys, times and request fields pass through it.
+    return frame.to_pandas()
+
+
+def _cast(column: pa.ChunkedArray, dtype: pa.DataType, name: str) -> pa.Array | pa.ChunkedArray:
+    if column.type == dtype:
+        return column
+    try:
+        if pa.types.is_integer(dtype) and pa.types.is_floating(column.type):
+            # pandas holds an integer column with nulls as floats with NaN.
+            column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
+        return column.cast(dtype)
+    except pa.ArrowInvalid as error:
+        raise StoreError(f"feature {name!r} came as {column.type} and is declared {dtype}: {error}") from error
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("plait", "feast", "pyarrow", "duckdb")}

@@ -1,0 +1,185 @@
+"""A tiny project with Feast's stock DuckDB store: two users' worth of features, written by hand."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from plait.settings import Home
+
+MICROS = pa.timestamp("us", tz="UTC")
+START = datetime(2024, 1, 1, tzinfo=UTC)
+N_USERS, N_ITEMS, N_DAYS = 12, 9, 20
+GENRES = ("drama", "comedy", "war")
+
+YAML = """\
+project: tiny
+provider: local
+registry:
+  registry_type: sql
+  path: sqlite:///.plait/registry.db
+offline_store:
+  type: {offline}
+online_store:
+  type: sqlite
+  path: .plait/online.db
+entity_key_serialization_version: 3
+"""
+
+
+def write(folder: Path, table: pa.Table, name: str = "part-0.parquet") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, folder / name)
+
+
+def at(day: float) -> datetime:
+    return START + timedelta(days=day)
+
+
+def event_tables(seed: int, n: int = 400) -> dict[str, pa.Table]:
+    """Random impressions over N_DAYS and a click on about a third of them, within the hour."""
+    rng = np.random.default_rng(seed)
+    days = np.sort(rng.uniform(1, N_DAYS, n))
+    stamps = [at(float(day)) for day in days]
+    users, items = rng.integers(1, N_USERS + 1, n), rng.integers(1, N_ITEMS + 1, n)
+    ids = [f"r{i:05d}" for i in range(n)]
+    hit = rng.random(n) < 0.35
+    impressions = pa.table(
+        {
+            "request_id": ids,
+            "timestamp": pa.array(stamps, MICROS),
+            "scene": ["home"] * n,
+            "user_id": pa.array(users, pa.int64()),
+            "item_id": pa.array(items, pa.int64()),
+            "position": pa.array(rng.integers(1, 6, n), pa.int32()),
+            "propensity": pa.array(rng.uniform(0.05, 1, n), pa.float64()),
+            "created": pa.array(stamps, MICROS),
+        }
+    )
+    told = [stamp + timedelta(minutes=float(m)) for stamp, m in zip(stamps, rng.uniform(0, 60, n), strict=True)]
+    feedback = pa.table(
+        {
+            "event_id": [f"e{i}" for i in range(n)],
+            "type": ["click"] * n,
+            "request_id": ids,
+            "user_id": impressions["user_id"],
+            "item_id": impressions["item_id"],
+            "timestamp": pa.array(told, MICROS),
+            "value": pa.array([None] * n, pa.float64()),
+            "created": pa.array(told, MICROS),
+        }
+    ).filter(pa.array(hit))
+    return {"impressions": impressions, "feedback": feedback}
+
+
+def feature_tables(seed: int) -> dict[str, pa.Table]:
+    """Histories at random times: user (one float, one list), item (genre), user x genre (one count)."""
+    rng = np.random.default_rng(seed)
+
+    def times(n: int) -> pa.Array:
+        # Whole multiples of a second, distinct per row, so that no key has two rows of one time.
+        return pa.array([at(float(day)) for day in rng.permutation(N_DAYS * 1000)[:n] / 1000], MICROS)
+
+    n_user, n_item, n_cross = 80, 40, 200
+    user_times, item_times, cross_times = times(n_user), times(n_item), times(n_cross)
+    users = pa.table(
+        {
+            "user_id": pa.array(rng.integers(1, N_USERS + 1, n_user), pa.int64()),
+            "event_timestamp": user_times,
+            "created": user_times,
+            "mean_7d": pa.array(rng.normal(size=n_user), pa.float32()),
+            "recent": pa.array(
+                [rng.integers(1, 9, rng.integers(0, 4)).tolist() for _ in range(n_user)], pa.list_(pa.int64())
+            ),
+        }
+    )
+    items = pa.table(
+        {
+            "item_id": pa.array(rng.integers(1, N_ITEMS + 1, n_item), pa.int64()),
+            "event_timestamp": item_times,
+            "created": item_times,
+            "primary_genre": pa.array(rng.choice(GENRES, n_item)),
+            "n_shown": pa.array(rng.integers(0, 99, n_item), pa.int64()),
+        }
+    )
+    cross = pa.table(
+        {
+            "user_id": pa.array(rng.integers(1, N_USERS + 1, n_cross), pa.int64()),
+            "genre": pa.array(rng.choice(GENRES, n_cross)),
+            "event_timestamp": cross_times,
+            "created": cross_times,
+            "n_genre": pa.array(rng.integers(0, 99, n_cross), pa.int64()),
+        }
+    )
+    return {"user_stats": users, "item_profile": items, "user_genre": cross}
+
+
+def definitions(features: Path) -> list:
+    from feast import Entity, FeatureService, FeatureView, Field, FileSource, ValueType
+    from feast.types import Array, Float32, Int64, String
+
+    user = Entity(name="user", join_keys=["user_id"], value_type=ValueType.INT64)
+    movie = Entity(name="movie", join_keys=["item_id"], value_type=ValueType.INT64)
+    genre = Entity(name="genre", join_keys=["genre"], value_type=ValueType.STRING)
+
+    def view(name: str, entities: list, fields: list, ttl_days: float | None) -> FeatureView:
+        source = FileSource(
+            name=f"{name}_source",
+            path=str(features / name / "part-0.parquet"),
+            timestamp_field="event_timestamp",
+            created_timestamp_column="created",
+        )
+        return FeatureView(
+            name=name,
+            entities=entities,
+            ttl=timedelta(days=ttl_days) if ttl_days else timedelta(0),
+            schema=[*(Field(name=e.join_key, dtype=String if e is genre else Int64) for e in entities), *fields],
+            source=source,
+        )
+
+    user_stats = view(
+        "user_stats", [user], [Field(name="mean_7d", dtype=Float32), Field(name="recent", dtype=Array(Int64))], 5
+    )
+    item_profile = view(
+        "item_profile", [movie], [Field(name="primary_genre", dtype=String), Field(name="n_shown", dtype=Int64)], None
+    )
+    user_genre = view("user_genre", [user, genre], [Field(name="n_genre", dtype=Int64)], None)
+    tags = {"plait.derived_keys": "genre=item_profile:primary_genre"}
+    return [
+        user,
+        movie,
+        genre,
+        user_stats,
+        item_profile,
+        user_genre,
+        FeatureService(name="tiny_clicks", features=[user_stats, item_profile, user_genre], tags=tags),
+        FeatureService(name="tiny_same", features=[user_stats, item_profile, user_genre], tags=tags),
+        FeatureService(name="tiny_users", features=[user_stats[["mean_7d"]]]),
+    ]
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> SimpleNamespace:
+    """Events, feature tables, an applied registry and one model configuration. `.home`, `.store`, `.tables`."""
+    from plait.service import open_store
+
+    home = Home(project=tmp_path, root=tmp_path / ".plait").create()
+    (tmp_path / "feature_store.yaml").write_text(YAML.format(offline="duckdb"))
+    configs = tmp_path / "trainers" / "configs"
+    configs.mkdir(parents=True)
+    (configs / "tiny.yaml").write_text("name: tiny\nfeature_service: tiny_clicks\nlabel: click\n")
+    events = event_tables(seed=5)
+    for kind, table in events.items():
+        write(home.events / kind, table)
+    features = feature_tables(seed=6)
+    for name, table in features.items():
+        write(home.features / name, table)
+    store = open_store(home)
+    store.apply(definitions(home.features))
+    return SimpleNamespace(home=home, store=store, events=events, features=features)
