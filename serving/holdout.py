@@ -1,0 +1,34 @@
+"""Reads holdout/, the future that only the simulator may see."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import duckdb
+import numpy as np
+
+from plait.errors import DataError
+from plait.settings import Home
+from serving.simulator import RatingTastes, Tastes
+
+
+def read_tastes(home: Home) -> Tastes:
+    """The held-out users of a home. Raises DataError if nothing is held out."""
+    folder = home.root / "holdout"
+    if not (folder / "feedback").is_dir():
+        raise DataError(f"{folder} holds no feedback; run `plait data prepare movielens-100k` (or another set) first")
+    ratings = _columns(
+        folder / "feedback",
+        "SELECT user_id, item_id, value FROM {parts} WHERE type = 'rating' AND item_id IS NOT NULL ORDER BY timestamp",
+    )
+    pool = _columns(home.events / "items", "SELECT DISTINCT item_id FROM {parts}")
+    return RatingTastes(ratings["user_id"], ratings["item_id"], ratings["value"], pool["item_id"])
+
+
+def _columns(folder: Path, query: str) -> dict[str, np.ndarray]:
+    if not any(folder.glob("*.parquet")):
+        raise DataError(f"{folder} holds no parquet file; run `plait data prepare` again")
+    with duckdb.connect() as db:
+        parts = f"read_parquet('{str(folder / '*.parquet').replace(chr(39), chr(39) * 2)}')"
+        columns = db.sql(query.format(parts=parts)).fetchnumpy()
+    return {name: np.asarray(values) for name, values in columns.items()}

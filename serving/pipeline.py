@@ -1,0 +1,421 @@
+"""One prediction: assign, read features, drop candidates, score, sort, log. A stage that fails degrades the answer."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from plait.errors import PlaitError, RegistryError, RequestError
+from serving.exposures import ExposureWindow, exposure_record
+from serving.metrics import Metrics
+from serving.parts import AssignmentLike, ClockLike, Experiments, Log, Rows, ServingModel
+from serving.pool import ModelPool
+from serving.queries import PredictQuery, microseconds
+
+logger = logging.getLogger("serving")
+
+MODEL, EXCLUDE_SEEN, MAX_CANDIDATES = "rank.model", "recall.exclude_seen", "recall.max_candidates"
+
+
+@dataclass(slots=True)
+class Answer:
+    """A ranking, best first, with all that the response and the log say. Arrays have one value per ranked item."""
+
+    request_id: str
+    query: PredictQuery
+    at: datetime
+    model: ServingModel | None = None
+    arms: Sequence[Any] = ()
+    config_version: int | None = None
+    item_ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    scores: np.ndarray | None = None
+    known: np.ndarray = field(default_factory=lambda: np.empty(0, bool))
+    request_features: pa.Table | None = None
+    candidate_features: pa.Table | None = None
+    degraded: list[str] = field(default_factory=list)
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+
+    def degrade(self, reason: str) -> None:
+        if reason not in self.degraded:
+            self.degraded.append(reason)
+
+    def to_json(self) -> dict[str, Any]:
+        """The body of the response."""
+        scores = [None] * len(self.item_ids) if self.scores is None else self.scores.tolist()
+        ranking = [{"item_id": i, "score": s} for i, s in zip(self.item_ids.tolist(), scores, strict=True)]
+        for position in np.flatnonzero(~self.known):
+            ranking[position]["known"] = False
+        return {
+            "request_id": self.request_id,
+            "scene": self.query.scene.name,
+            "model": {"name": self.model.name, "version": self.model.version} if self.model else None,
+            "experiments": [{"layer": arm.layer, "experiment": arm.experiment, "arm": arm.arm} for arm in self.arms],
+            "ranking": ranking,
+            "degraded": self.degraded,
+            "timings_ms": {stage: round(seconds * 1e3, 3) for stage, seconds in self.stage_seconds.items()},
+        }
+
+
+class Predictor:
+    """Answers PredictQueries from the parts it is given. `n_reads` feature reads may run at a time."""
+
+    def __init__(
+        self,
+        pool: ModelPool,
+        experiments: Experiments,
+        log: Log,
+        clock: ClockLike,
+        metrics: Metrics,
+        *,
+        n_reads: int = 8,
+    ) -> None:
+        self._pool, self._experiments, self._log, self._clock, self._metrics = pool, experiments, log, clock, metrics
+        self._reads = DeadlinePool(n_reads)
+        self._window = ExposureWindow()
+        self.recent: deque[dict[str, Any]] = deque(maxlen=50)  # of this worker, for the console
+        self._stages = {
+            stage: metrics.stage_seconds.labels(stage)
+            for stage in ("parse", "assign", "features", "score", "log", "total")
+        }
+
+    def predict(self, query: PredictQuery, request_id: str, *, parse_s: float = 0.0, log: bool = True) -> Answer:
+        """The answer to `query`. RequestError 404 for an unknown model override, 503 if no model at all is loaded.
+
+        log=False shows what would be answered and leaves no trace in the event log (the console's form).
+        """
+        started = time.perf_counter()
+        answer = Answer(request_id=request_id, query=query, at=self._clock.now())
+        stages = answer.stage_seconds
+        stages["parse"] = parse_s
+        if query.had_duplicates:
+            answer.degrade("duplicate_candidates")
+
+        mark = time.perf_counter()
+        assignment = self._assign(answer)
+        answer.model = self._choose_model(answer, assignment)
+        item_ids, extras = np.array(query.item_ids, np.int64), query.extras
+        exclude_seen = bool(self._parameter(assignment, EXCLUDE_SEEN, False))
+        limit = self._limit(assignment)
+        if not exclude_seen:  # nothing will be dropped later, so nothing more need be read
+            item_ids = item_ids[:limit]
+            extras = {name: values[:limit] for name, values in extras.items()}
+        mark = _lap(stages, "assign", mark)
+
+        rows = self._read(answer, item_ids, extras)
+        if exclude_seen:
+            item_ids, rows = self._drop_seen(answer, item_ids, rows, limit)
+        mark = _lap(stages, "features", mark)
+
+        scores = self._score(answer, item_ids, rows)
+        self._sort(answer, item_ids, scores, rows)
+        mark = _lap(stages, "score", mark)
+
+        if assignment is not None:
+            answer.arms = _used_arms(assignment)
+        if log:
+            self._log_answer(answer, assignment)
+        _lap(stages, "log", mark)
+        stages["total"] = time.perf_counter() - started + parse_s
+        if log:
+            self._count(answer, len(item_ids))
+        return answer
+
+    def close(self) -> None:
+        self._reads.close()
+
+    # -- stages ------------------------------------------------------------------------------------------------------
+
+    def _assign(self, answer: Answer) -> AssignmentLike | None:
+        try:
+            snapshot = self._experiments.snapshot
+            answer.config_version = snapshot.version
+            units = {"user": str(answer.query.user_id), "request": answer.request_id}
+            attributes = {**answer.query.context, "scene": answer.query.scene.name}
+            assignment = snapshot.assign(units, attributes, answer.at)
+        except Exception:
+            logger.exception("request %s: no assignment, serving defaults", answer.request_id)
+            answer.degrade("experiments_unavailable")
+            return None
+        if assignment.errors:
+            answer.degrade("experiment_errors")
+        return assignment
+
+    def _parameter(self, assignment: AssignmentLike | None, name: str, default: Any) -> Any:
+        if assignment is None:
+            return default
+        try:
+            return assignment[name]
+        except LookupError:  # a configuration without this parameter: the scene's own default
+            return default
+
+    def _limit(self, assignment: AssignmentLike | None) -> int | None:
+        limit = self._parameter(assignment, MAX_CANDIDATES, None)
+        return max(1, int(limit)) if limit is not None else None
+
+    def _choose_model(self, answer: Answer, assignment: AssignmentLike | None) -> ServingModel:
+        query = answer.query
+        if query.model is not None:
+            try:
+                return self._pool.get(query.model)
+            except RegistryError as error:
+                raise RequestError(404, "Unknown model", str(error), pointer="#/model") from error
+            except PlaitError as error:
+                raise RequestError(503, "Model not available", str(error), pointer="#/model") from error
+        wanted = str(self._parameter(assignment, MODEL, query.scene.default_model))
+        model = self._pool.loaded(wanted)
+        if model is None:
+            answer.degrade("model_fallback")
+            model = self._pool.loaded(query.scene.default_model) or self._pool.any()
+        if model is None:
+            raise RequestError(
+                503, "No model loaded", f"neither {wanted} nor any other model is loaded; GET /v1/models says why"
+            )
+        return model
+
+    def _read(self, answer: Answer, item_ids: np.ndarray, extras: Mapping[str, Sequence[Any]]) -> Rows:
+        model, query = _present(answer.model), answer.query
+        columns: dict[str, Any] = {"item_id": pa.array(item_ids)}
+        for name, dtype in model.context_fields.items():
+            if name in extras:
+                columns[name] = _column(name, extras[name], dtype)
+        candidates = pa.table(columns)
+
+        def read() -> Rows:
+            return model.reader.read({"user_id": query.user_id}, candidates, context=query.context, now=answer.at)
+
+        try:
+            rows = self._reads.run(read, timeout_s=query.scene.features_timeout_ms / 1e3)
+        except RequestError:
+            raise
+        except Exception as error:
+            logger.error("request %s: features unavailable, serving defaults: %r", answer.request_id, error)
+            answer.degrade("features_unavailable")
+            return defaults_of(model, len(item_ids))
+        if rows.request_unknown:
+            answer.degrade("unknown_user")
+        return rows
+
+    def _drop_seen(
+        self, answer: Answer, item_ids: np.ndarray, rows: Rows, limit: int | None
+    ) -> tuple[np.ndarray, Rows]:
+        name = answer.query.scene.history_feature
+        if name not in rows.request.column_names:
+            answer.degrade("history_unavailable")
+            seen: list[int] = []
+        else:
+            seen = rows.request.column(name)[0].as_py() or []
+        keep = np.flatnonzero(~np.isin(item_ids, np.array(seen, np.int64)))[:limit]
+        return item_ids[keep], take(rows, keep)
+
+    def _score(self, answer: Answer, item_ids: np.ndarray, rows: Rows) -> np.ndarray | None:
+        """Scores (N,), or None if no model could: then the candidates keep the order they came in."""
+        model, user_id = _present(answer.model), answer.query.user_id
+        if not len(item_ids):
+            return np.empty(0, np.float32)
+        try:
+            return _checked(model, user_id, item_ids, rows)
+        except Exception as error:
+            logger.error("request %s: %s could not score: %r", answer.request_id, model.ref, error)
+        answer.degrade("model_failed")
+        fallback = self._pool.loaded(answer.query.scene.default_model)
+        if fallback is not None and fallback is not model:
+            try:
+                scores = _checked(fallback, user_id, item_ids, rows)
+            except Exception as error:
+                logger.error("request %s: %s could not score either: %r", answer.request_id, fallback.ref, error)
+            else:
+                answer.degrade("model_fallback")
+                answer.model = fallback
+                return scores
+        answer.model = None
+        return None
+
+    def _sort(self, answer: Answer, item_ids: np.ndarray, scores: np.ndarray | None, rows: Rows) -> None:
+        if scores is None:
+            best = np.arange(len(item_ids))[: answer.query.top_k]
+        else:
+            best = np.lexsort((item_ids, -scores))[: answer.query.top_k]  # equal scores go to the lower item_id
+        answer.item_ids = item_ids[best]
+        answer.scores = None if scores is None else scores[best]
+        answer.known = ~rows.unknown[best]
+        answer.request_features = rows.request
+        answer.candidate_features = rows.candidates.take(pa.array(best))
+
+    # -- the log -----------------------------------------------------------------------------------------------------
+
+    def _log_answer(self, answer: Answer, assignment: AssignmentLike | None) -> None:
+        if len(answer.item_ids) and not self._enqueue("request", [request_record(answer)]):
+            answer.degrade("not_logged")
+        fresh: dict[Hashable, Any] = {}
+        for arm in answer.arms:
+            key = (arm.unit_kind, arm.unit, arm.experiment, arm.arm, answer.config_version)
+            if self._window.first(key):
+                fresh[key] = arm
+            else:
+                self._metrics.exposures_deduped.inc()
+        if not fresh:
+            return
+        records = [exposure_record(arm, answer.at, answer.request_id, answer.config_version) for arm in fresh.values()]
+        if self._enqueue("exposure", records):
+            for arm in fresh.values():
+                self._metrics.exposures.labels(arm.experiment, arm.arm).inc()
+        else:
+            self._window.forget(fresh)
+
+    def _enqueue(self, kind: str, records: Sequence[Mapping[str, Any]]) -> bool:
+        try:
+            taken = self._log.enqueue(kind, records)
+        except Exception:
+            logger.exception("the event log did not take a %s record", kind)
+            taken = False
+        if not taken:
+            self._metrics.log_dropped.labels(kind).inc(len(records))
+        return taken
+
+    def _count(self, answer: Answer, n_candidates: int) -> None:
+        metrics = self._metrics
+        for stage, seconds in answer.stage_seconds.items():
+            self._stages[stage].observe(seconds)
+        for reason in answer.degraded:
+            metrics.degraded.labels(reason).inc()
+        for arm in answer.arms:
+            metrics.assignments.labels(arm.layer, arm.experiment, arm.arm).inc()
+        metrics.candidates.labels(answer.query.scene.name).inc(n_candidates)
+        n_unknown = int((~answer.known).sum())
+        if n_unknown and answer.model:
+            metrics.unknown_candidates.labels(str(answer.model.details.get("feature_service", ""))).inc(n_unknown)
+        self.recent.appendleft(
+            {
+                "at": answer.at,
+                "request_id": answer.request_id,
+                "scene": answer.query.scene.name,
+                "user_id": answer.query.user_id,
+                "n_candidates": len(answer.query.item_ids),
+                "n_returned": len(answer.item_ids),
+                "model": answer.model.ref if answer.model else None,
+                "arms": [f"{arm.experiment}={arm.arm}" for arm in answer.arms],
+                "degraded": list(answer.degraded),
+                "total_ms": round(answer.stage_seconds["total"] * 1e3, 2),
+            }
+        )
+
+
+def request_record(answer: Answer) -> dict[str, Any]:
+    """What the event log keeps of one answer: its impressions and the features they were scored with.
+
+    propensity is the chance that this policy, in these arms, shows the item at its position: 1, for a sorted list.
+    """
+    request_features, candidate_features = answer.request_features, answer.candidate_features
+    assert request_features is not None and candidate_features is not None
+    n = len(answer.item_ids)
+    rows = request_features.to_pylist()
+    return {
+        "request_id": answer.request_id,
+        "timestamp": microseconds(answer.at),
+        "scene": answer.query.scene.name,
+        "user_id": answer.query.user_id,
+        "items": answer.item_ids.tolist(),
+        "positions": list(range(1, n + 1)),
+        "scores": None if answer.scores is None else answer.scores.tolist(),
+        "propensities": [1.0] * n,
+        "model": answer.model.name if answer.model else None,
+        "model_version": answer.model.version if answer.model else None,
+        "arms": [{"layer": arm.layer, "experiment": arm.experiment, "arm": arm.arm} for arm in answer.arms],
+        "config_version": answer.config_version,
+        "features_request": rows[0] if rows else {},
+        "features_candidates": candidate_features.to_pydict(),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureRows:
+    """Rows made here: defaults, or a selection of what a reader returned."""
+
+    request: pa.Table
+    candidates: pa.Table
+    unknown: np.ndarray
+    request_unknown: bool
+
+
+def defaults_of(model: ServingModel, n_candidates: int) -> FeatureRows:
+    """Rows without a value. Nothing is known, so no candidate is called unknown."""
+    request, candidates = model.defaults(n_candidates)
+    return FeatureRows(request, candidates, np.zeros(n_candidates, bool), False)
+
+
+def take(rows: Rows, keep: np.ndarray) -> FeatureRows:
+    """The same request with only the candidates at `keep`."""
+    return FeatureRows(rows.request, rows.candidates.take(pa.array(keep)), rows.unknown[keep], rows.request_unknown)
+
+
+class DeadlinePool:
+    """Runs a read with a deadline. Reads that hang keep their thread; when all hang, the next fails at once."""
+
+    def __init__(self, n_threads: int) -> None:
+        self._executor = ThreadPoolExecutor(n_threads, thread_name_prefix="plait-features")
+        self._free = threading.Semaphore(n_threads)
+
+    def run(self, call: Callable[[], Rows], *, timeout_s: float) -> Rows:
+        """The call's result, or its exception; TimeoutError after `timeout_s`."""
+        if not self._free.acquire(timeout=timeout_s):
+            raise TimeoutError(f"every feature read hangs; waited {timeout_s} s for one to end")
+        try:
+            future = self._executor.submit(call)
+        except BaseException:
+            self._free.release()
+            raise
+        future.add_done_callback(self._done)
+        try:
+            return future.result(timeout=timeout_s)
+        except FutureTimeout:
+            future.cancel()
+            raise TimeoutError(f"the feature read took longer than {timeout_s} s") from None
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def _done(self, _: Future[Rows]) -> None:
+        self._free.release()
+
+
+def _checked(model: ServingModel, user_id: int, item_ids: np.ndarray, rows: Rows) -> np.ndarray:
+    scores = np.asarray(model.score(user_id, item_ids, rows.request, rows.candidates), np.float32)
+    if scores.shape != item_ids.shape or not np.isfinite(scores).all():
+        raise ValueError(f"scores of shape {scores.shape} for {len(item_ids)} candidates, or not finite")
+    return scores
+
+
+def _used_arms(assignment: AssignmentLike) -> Sequence[Any]:
+    """The arms whose parameters made this answer: an overridden model takes no part in its experiment."""
+    return tuple(assignment.exposures())
+
+
+def _column(name: str, values: Sequence[Any], dtype: pa.DataType) -> pa.Array:
+    try:
+        return pa.array(values, dtype)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+        raise RequestError(
+            422, "Invalid request", f"candidates: {name} must be {dtype}: {error}", pointer="#/candidates"
+        ) from error
+
+
+def _present(model: ServingModel | None) -> ServingModel:
+    assert model is not None, "a model is chosen before any stage that needs one"
+    return model
+
+
+def _lap(stages: dict[str, float], stage: str, since: float) -> float:
+    now = time.perf_counter()
+    stages[stage] = now - since
+    return now
