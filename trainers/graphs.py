@@ -105,7 +105,16 @@ class TreeNodes:
     weight: list[float] = field(default_factory=list)
 
     def branch(
-        self, tree: int, node: int, *, feature: int, mode: str, threshold: float, true_id: int, false_id: int, missing_true: bool
+        self,
+        tree: int,
+        node: int,
+        *,
+        feature: int,
+        mode: str,
+        threshold: float,
+        true_id: int,
+        false_id: int,
+        missing_true: bool,
     ) -> None:
         self._append(tree, node, feature, mode, threshold, true_id, false_id, int(missing_true), 0.0)
 

@@ -80,7 +80,9 @@ class ArtifactManifest:
             lists = {key: tuple(content[key]) for key in ("features", "history")}
             return cls(**{**{key: value for key, value in content.items() if key in known}, **lists})
         except FileNotFoundError as error:
-            raise ArtifactError(f"{folder} is no artifact: it has no manifest.json (half-written, or not one)") from error
+            raise ArtifactError(
+                f"{folder} is no artifact: it has no manifest.json (half-written, or not one)"
+            ) from error
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ArtifactError(f"{path} cannot be read: {error!r}") from error
 
@@ -139,7 +141,9 @@ class Artifact:
 
     def _checked(self, info: TensorInfo, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
         if info.name not in arrays:
-            raise DataError(f"input {info.name!r} is missing; this model needs {', '.join(i.name for i in self.inputs)}")
+            raise DataError(
+                f"input {info.name!r} is missing; this model needs {', '.join(i.name for i in self.inputs)}"
+            )
         array = np.asarray(arrays[info.name])
         wanted = np.int64 if info.datatype == "INT64" else np.float32
         fits = array.ndim == len(info.shape) and all(
@@ -159,7 +163,11 @@ class Artifact:
         side, _, rest = name.partition("_")
         sizes = self.encoders.table_sizes()
         kind, wanted = ("id", None) if rest == "ids" else ("bag", rest.removeprefix("bag_"))
-        return min(sizes[f.table] for f in self.encoders.fields if (f.side, f.kind) == (side, kind) and wanted in (None, f.name))
+        return min(
+            sizes[f.table]
+            for f in self.encoders.fields
+            if (f.side, f.kind) == (side, kind) and wanted in (None, f.name)
+        )
 
     def _run(self, arrays: Mapping[str, np.ndarray]) -> npt.NDArray[np.float32]:
         scores: npt.NDArray[np.float32] = self.session.run([OUTPUT], arrays)[0]
@@ -207,7 +215,9 @@ def load_artifact(folder: Path, *, threads: int = 1, verify: bool = True) -> Art
         raise ArtifactError(f"{folder / 'model.onnx'} cannot be loaded: {error}") from error
     names = {item.name for item in session.get_inputs()}
     if names != set(encoders.input_names()):
-        raise ArtifactError(f"{folder}: the graph reads {sorted(names)}, the encoders give {sorted(encoders.input_names())}")
+        raise ArtifactError(
+            f"{folder}: the graph reads {sorted(names)}, the encoders give {sorted(encoders.input_names())}"
+        )
     artifact = Artifact(folder, manifest, encoders, session)
     if verify:
         artifact.verify()
@@ -240,9 +250,7 @@ def write_artifact(
         encoders.save(aside / "encoders")
         with pa.ipc.new_file(str(aside / "golden.arrow"), golden.schema) as writer:
             writer.write_table(golden)
-        files = {
-            str(path.relative_to(aside)): _sha256(path) for path in sorted(aside.rglob("*")) if path.is_file()
-        }
+        files = {str(path.relative_to(aside)): _sha256(path) for path in sorted(aside.rglob("*")) if path.is_file()}
         manifest = replace(manifest, files=files)
         (aside / "manifest.json").write_text(json.dumps(asdict(manifest), indent=1, allow_nan=False) + "\n")
         load_artifact(aside, verify=True)

@@ -148,8 +148,8 @@ def is_number(dtype: pa.DataType) -> bool:
 
 
 def dtype_text(dtype: pa.DataType) -> str:
-    """A type as `dtype_of` reads it: int64, double, string, list<int64>, …"""
-    return f"list<{dtype_text(dtype.value_type)}>" if is_list(dtype) else str(dtype)
+    """A type as `dtype_of` reads it: int64, double, string, list<item: int64>, …"""
+    return str(dtype)
 
 
 def dtype_of(text: str) -> pa.DataType:
@@ -158,7 +158,7 @@ def dtype_of(text: str) -> pa.DataType:
     >>> dtype_of("list<int64>").value_type
     DataType(int64)
     """
-    if match := re.fullmatch(r"list<(.+)>", text):
+    if match := re.fullmatch(r"list<(?:\w+: )?(.+?)(?: not null)?>", text):
         return pa.list_(dtype_of(match[1]))
     if match := re.fullmatch(r"timestamp\[(\w+)(?:, tz=(.+))?\]", text):
         return pa.timestamp(match[1], match[2])

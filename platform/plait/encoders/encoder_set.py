@@ -284,9 +284,7 @@ class _Fitting:
             self._place(name, item.side, "id", table=self._table(name), dim=encoding.dim)
         elif isinstance(encoding, Bag):
             table = self._table(name)
-            self._place(
-                name, item.side, "bag", table=table, pool=encoding.pool, last=encoding.last, dim=encoding.dim
-            )
+            self._place(name, item.side, "bag", table=table, pool=encoding.pool, last=encoding.last, dim=encoding.dim)
         else:
             encoder = self.values[name] = _fit_values(column(self.rows, name, item.dtype), encoding)
             self._place(name, item.side, "value", width=encoder.width)
