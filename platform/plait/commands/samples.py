@@ -74,7 +74,7 @@ def merged_spec(spec_file: Path | None, flags: dict[str, Any]) -> specs.SampleSp
     top: dict[str, Any] = {name: given[name] for name in ("name", "immature", "seed") if name in given}
     if "labels" in given:
         top["labels"] = tuple(specs.parse_label(text) for text in given["labels"])
-    attribution = {name: given[name] for name in ("join", "touch") if name in given}
+    attribution: dict[str, Any] = {name: given[name] for name in ("join", "touch") if name in given}
     if "window" in given:
         attribution["window"] = specs.parse_duration(given["window"])
     top["attribution"] = dataclasses.replace(spec.attribution, **attribution)

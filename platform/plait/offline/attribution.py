@@ -82,9 +82,8 @@ def label_impressions(impressions: ir.Table, feedback: ir.Table, spec: SampleSpe
 
     table = impressions
     for label in spec.labels:
-        pairs = attribute(
-            impressions, feedback.filter(feedback.type.isin(label.types)), spec.attribution, spec.window(label)
-        )
+        told = feedback.filter(feedback.type.isin(label.types))
+        pairs = attribute(impressions, told, spec.attribution, spec.window(label))
         bearing = label_values(pairs, label).mutate(bears=ibis.literal(1, type="int8"))
         bearing = bearing.rename(bearing_request="request_id", bearing_item="item_id")
         joined = table.left_join(

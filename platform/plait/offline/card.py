@@ -6,7 +6,7 @@ The statistics are of the training split (up to MAX_ROWS rows, evenly spaced), t
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -55,37 +55,20 @@ class DataCard:
     warnings: tuple[str, ...] = field(default=())
 
     def to_markdown(self) -> str:
-        lines = [
-            f"# Data card of {self.dataset}",
-            "",
-            f"Feature service `{self.feature_service}`, label `{self.label}`.",
-        ]
-        lines += [
-            "",
-            "| split | rows | " + " | ".join(self.label_rates) + " |",
-            "|" + "---|" * (2 + len(self.label_rates)),
-        ]
-        for part, n in self.rows.items():
-            rates = " | ".join(_percent(rates[part]) for rates in self.label_rates.values())
-            lines.append(f"| {part} | {n:,} | {rates} |")
+        labels = list(self.label_rates)
+        lines = [f"# Data card of {self.dataset}", ""]
+        lines += [f"Feature service `{self.feature_service}`, label `{self.label}`.", ""]
+        rates = self.label_rates
+        rows = [(part, f"{n:,}", *(_percent(rates[x][part]) for x in labels)) for part, n in self.rows.items()]
+        lines += _table(("split", "rows", *labels), rows)
         if self.warnings:
             lines += ["", "## Warnings", "", *(f"- {warning}" for warning in self.warnings)]
         lines += ["", "## Features (training split)", ""]
-        lines += [
-            "| feature | view | type | nulls | distinct | min | mean | max | length | AUC alone |",
-            "|" + "---|" * 10,
-        ]
-        for each in self.features:
-            numbers = (each.minimum, each.mean, each.maximum, each.mean_length, each.auc)
-            lines.append(
-                f"| {each.name} | {each.view} | {each.dtype} | {_percent(each.null_rate)} | "
-                f"{'' if each.distinct is None else f'{each.distinct:,}'} | {' | '.join(map(_short, numbers))} |"
-            )
-        lines += ["", "## Label rate by day", "", "| day | rows | " + " | ".join(self.label_rates) + " |"]
-        lines.append("|" + "---|" * (2 + len(self.label_rates)))
-        for day in self.by_day:
-            rates = " | ".join(_percent(day[label]) for label in self.label_rates)
-            lines.append(f"| {day['day']} | {day['rows']:,} | {rates} |")
+        head = ("feature", "view", "type", "nulls", "distinct", "min", "mean", "max", "length", "AUC alone")
+        lines += _table(head, [_feature_row(feature) for feature in self.features])
+        lines += ["", "## Label rate by day", ""]
+        days = [(day["day"], f"{day['rows']:,}", *(_percent(day[x]) for x in labels)) for day in self.by_day]
+        lines += _table(("day", "rows", *labels), days)
         return "\n".join(lines) + "\n"
 
 
@@ -248,6 +231,16 @@ def _is_list(dtype: pa.DataType) -> bool:
 
 def _is_number(dtype: pa.DataType) -> bool:
     return pa.types.is_integer(dtype) or pa.types.is_floating(dtype) or pa.types.is_boolean(dtype)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def _feature_row(card: FeatureCard) -> tuple[str, ...]:
+    distinct = "" if card.distinct is None else f"{card.distinct:,}"
+    numbers = (card.minimum, card.mean, card.maximum, card.mean_length, card.auc)
+    return (card.name, card.view, card.dtype, _percent(card.null_rate), distinct, *map(_short, numbers))
 
 
 def _ratio(part: int, whole: int) -> float | None:

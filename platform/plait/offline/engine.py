@@ -133,7 +133,8 @@ def open_engine(
 ) -> Iterator[Engine]:
     """An engine for the length of the block.
 
-    memory: DuckDB's limit ("2GB"; PLAIT_MEMORY overrides the default), beyond which it spills into `scratch`; for Spark the driver's memory.
+    memory: DuckDB's limit ("2GB"; PLAIT_MEMORY overrides the default), beyond which it spills into `scratch`; for
+    Spark the driver's memory. PLAIT_SPARK_MASTER names a cluster; without it Spark runs in this process.
     Raises UnknownNameError for an engine that is neither duckdb nor spark, SettingsError if Spark cannot start.
     """
     if name not in ENGINES:

@@ -190,9 +190,7 @@ def load(engine: Engine, home: Home, kind: str, note: Callable[..., None]) -> ir
     found = set(parquet_schema(folder).names)
     missing = [name for name in REQUIRED[kind] if name not in found]
     if missing:
-        raise DataError(
-            f"{folder} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}; it has {', '.join(sorted(found))}"
-        )
+        raise DataError(f"{folder} lacks {', '.join(missing)}; its columns are {', '.join(sorted(found))}")
     raw = engine.read_parquet(folder)
     columns = {}
     wanted = IMPRESSIONS if kind == "impressions" else FEEDBACK

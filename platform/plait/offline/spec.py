@@ -25,19 +25,10 @@ WEIGHTS = ("none", "propensity", "position")
 SPLITS = ("time", "user_time", "leave_one_out", "user")
 IMMATURE = ("mark", "drop")
 RESERVED = frozenset(
-    [
-        "sample_id",
-        "request_id",
-        "user_id",
-        "item_id",
-        "event_timestamp",
-        "scene",
-        "position",
-        "weight",
-        "split",
-        "label_mature",
-        "origin",
-    ]
+    {
+        *("sample_id", "request_id", "user_id", "item_id", "event_timestamp", "timestamp", "scene", "position"),
+        *("propensity", "weight", "split", "label_mature", "origin", "slot"),
+    }
 )
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
