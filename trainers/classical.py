@@ -1,4 +1,4 @@
-"""Logistic regression on sparse one-hot ids and dense values (scikit-learn), as an ONNX graph of look-ups and a product.
+"""Logistic regression (scikit-learn) on sparse one-hot ids and dense values, as an ONNX graph of look-ups.
 
 Shapes: n rows, T rows of all id tables in one, w value columns of a side.
 """

@@ -66,7 +66,7 @@ def evaluate_artifact(artifact: Artifact, data: Dataset, *, split: str = "test",
 
 def segments_of(rows: pa.Table, train: pa.Table) -> dict[str, npt.NDArray[np.bool_]]:
     """Which rows belong to users and movies that the training split has seen (warm) or not (cold)."""
-    found = {}
+    found: dict[str, npt.NDArray[np.bool_]] = {}
     for what, key in (("users", "user_id"), ("items", "item_id")):
         warm = np.isin(rows.column(key).to_numpy(), train.column(key).to_numpy())
         found |= {f"warm {what}": warm, f"cold {what}": ~warm}

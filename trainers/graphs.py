@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from plait.artifacts import OUTPUT
 from plait.encoders import EncoderSet
+from plait.encoders.specs import Side
 from plait.errors import SpecError
 
 OPSET = 18
@@ -38,7 +40,7 @@ class GraphBuilder:
         self.initializers.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
         return name
 
-    def add(self, op: str, *inputs: str, output: str | None = None, domain: str = "", **attributes: object) -> str:
+    def add(self, op: str, *inputs: str, output: str | None = None, domain: str = "", **attributes: Any) -> str:
         name = output or self.fresh(op.lower())
         self.nodes.append(helper.make_node(op, list(inputs), [name], domain=domain, **attributes))
         return name
@@ -48,7 +50,7 @@ def graph_inputs(encoders: EncoderSet) -> list[onnx.ValueInfoProto]:
     """One graph input per encoded array; request rows are B, candidates N, list lengths are named by their list."""
     inputs = []
     for name in encoders.input_names():
-        side = "request" if name.startswith("request_") else "candidate"
+        side: Side = "request" if name.startswith("request_") else "candidate"
         rows = "B" if side == "request" else "N"
         if name == f"{side}_ids":
             inputs.append(_input(name, TensorProto.INT64, [rows, len(encoders.side_fields(side, "id"))]))
@@ -170,7 +172,7 @@ def tree_model(encoders: EncoderSet, nodes: TreeNodes, *, base: float, name: str
 
 
 def tree_columns(encoders: EncoderSet) -> list[str]:
-    """The encoded arrays that make a tree's matrix, in its column order. Raises SpecError if a list is not multi-hot."""
+    """The encoded arrays that make a tree's matrix, in column order. Raises SpecError if a list is not multi-hot."""
     names = [name for name in encoders.input_names() if name.endswith(("_ids", "_values")) and "_bag_" not in name]
     if bags := [f.name for f in encoders.fields if f.kind == "bag"]:
         raise SpecError(f"column {bags[0]!r} is pooled, which trees cannot read; encode it as multi_hot or drop it")
@@ -187,7 +189,7 @@ def tree_column_names(encoders: EncoderSet) -> list[str]:
     values = iter(encoders.value_names())
     names: list[str] = []
     for array in tree_columns(encoders):
-        side = "request" if array.startswith("request_") else "candidate"
+        side: Side = "request" if array.startswith("request_") else "candidate"
         if array.endswith("_ids"):
             names += [f.name for f in encoders.side_fields(side, "id")]
         else:

@@ -129,7 +129,8 @@ def retrain(
     """Train again what a manifest says. Raises DataError if the training set is not the one it was trained on."""
     if manifest.data_hash != data.manifest.data_hash:
         raise DataError(
-            f"{manifest.name} was trained on data {manifest.data_hash}, but {data.folder} holds {data.manifest.data_hash}"
+            f"{manifest.name} was trained on data {manifest.data_hash}, "
+            f"but {data.folder} holds {data.manifest.data_hash}"
         )
     spec = parse_spec(manifest.config, source=f"manifest of {manifest.name}")
     return train_model(spec, service, data, now=now, progress=progress)
@@ -145,9 +146,9 @@ def trainer_of(algorithm: str) -> Callable[..., Fitted]:
         from trainers.classical import fit_logistic
 
         return fit_logistic
-    from trainers.trees import fit_lightgbm, fit_xgboost
+    from trainers import trees
 
-    return {"lightgbm": fit_lightgbm, "xgboost": fit_xgboost}[algorithm]
+    return trees.fit_lightgbm if algorithm == "lightgbm" else trees.fit_xgboost
 
 
 def check_conversion(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import lightgbm as lgb
@@ -18,6 +18,7 @@ import xgboost as xgb
 from tqdm import tqdm
 
 from plait.encoders import EncoderSet
+from plait.encoders.specs import Side
 from trainers.config import LightGBMTraining, XGBoostTraining
 from trainers.data import Encoded
 from trainers.fitted import Fitted
@@ -217,11 +218,9 @@ def _by_array(encoders: EncoderSet, thresholds: dict[int, np.ndarray]) -> dict[s
     found: dict[str, dict[int, np.ndarray]] = {}
     start = 0
     for array in tree_columns(encoders):
-        side: Any = "request" if array.startswith("request_") else "candidate"
+        side: Side = "request" if array.startswith("request_") else "candidate"
         width = len(encoders.side_fields(side, "id")) if array.endswith("_ids") else encoders.value_width(side)
         found[array] = {c - start: t for c, t in thresholds.items() if start <= c < start + width}
         start += width
     return found
 
-
-Trainer = Callable[..., Fitted]

@@ -114,7 +114,7 @@ class Artifact:
     def score(self, request: pa.Table, candidates: pa.Table) -> npt.NDArray[np.float32]:
         """Click probability of each candidate, shape (N,).
 
-        request: `request_columns`, 1 row (expanded inside the graph) or N rows. candidates: `candidate_columns`, N rows.
+        request: `request_columns`, 1 row (expanded inside the graph) or N. candidates: `candidate_columns`, N rows.
         Both lists hold the join keys user_id and item_id where the model reads them; other columns are ignored.
         Raises DataError if a column is missing or of another type.
         """

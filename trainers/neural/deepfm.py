@@ -5,13 +5,14 @@ first layer of the MLP are all sums over fields, so a sum per side is all that t
 
 Source: Guo et al., DeepFM, IJCAI 2017; the FM's pairwise sum in linear time is Rendle, ICDM 2010, lemma 3.1.
 
-Shapes: B rows, F id fields of a side, L longest list, W value columns of a side, D embedding width, H first hidden layer.
+Shapes: B rows, F id fields of a side, L longest list, W value columns of a side, D embedding width, H first layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +66,8 @@ class SideNet(nn.Module):
     def __init__(self, layout: SideLayout, dim: int, hidden: int) -> None:
         super().__init__()
         self.layout, self.dim = layout, dim
+        self.offsets: Tensor
+        self.mask: Tensor | None
         width = layout.n_fields * dim + layout.value_width
         # one bias for the whole first layer: the candidate side's
         self.first = nn.Linear(width, hidden, bias=layout.side == "candidate") if hidden and width else None
@@ -163,6 +166,6 @@ def _head(hidden: Sequence[int], dropout: float) -> nn.Sequential | None:
     if not hidden:
         return None
     layers: list[nn.Module] = [nn.ReLU(), nn.Dropout(dropout)]
-    for width, following in zip(hidden, hidden[1:], strict=False):
+    for width, following in pairwise(hidden):
         layers += [nn.Linear(width, following), nn.ReLU(), nn.Dropout(dropout)]
     return nn.Sequential(*layers, nn.Linear(hidden[-1], 1, bias=False))

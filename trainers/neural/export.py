@@ -12,6 +12,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import onnx
@@ -53,7 +54,7 @@ def export_deepfm(model: DeepFM, encoders: EncoderSet, sample: Mapping[str, np.n
     builder = GraphBuilder()
     count = candidate_count(builder, encoders)
     # tracing takes a size of 1 for a constant, so every dimension of the samples is made at least 2
-    tensors = {name: torch.from_numpy(_at_least_two(array)) for name, array in sample.items()}
+    tensors = {name: torch.from_numpy(_at_least_two(name, array)) for name, array in sample.items()}
     request_inputs = tuple(name for name in encoders.input_names() if name.startswith("request_"))
     candidate_inputs = tuple(name for name in encoders.input_names() if name.startswith("candidate_"))
     crossing: list[str] = []
@@ -73,7 +74,7 @@ def export_deepfm(model: DeepFM, encoders: EncoderSet, sample: Mapping[str, np.n
 
 def _export(part: nn.Module, names: tuple[str, ...], given: tuple[Tensor, ...]) -> onnx.ModelProto:
     rows = torch.export.Dim("rows", min=1)
-    shapes = []
+    shapes: list[dict[int, Any]] = []
     for name, tensor in zip(names, given, strict=True):
         ragged = "_bag_" in name and tensor.dim() == 2
         shapes.append({0: rows, 1: torch.export.Dim(f"length_{len(shapes)}", min=1)} if ragged else {0: rows})
@@ -120,10 +121,10 @@ def _append(builder: GraphBuilder, prefix: str, part: onnx.ModelProto, arguments
     return [names[value.name] for value in part.graph.output]
 
 
-def _at_least_two(array: np.ndarray) -> np.ndarray:
-    repeats = [2 if size == 1 else 1 for size in array.shape[:2]]
-    wide = "i" == array.dtype.kind
-    return np.ascontiguousarray(np.tile(array, repeats if wide else [repeats[0], 1]))
+def _at_least_two(name: str, array: np.ndarray) -> np.ndarray:
+    """`array` with its free dimensions (rows, and the length of a list) repeated if they are 1."""
+    rows, columns = (2 if size == 1 else 1 for size in array.shape)
+    return np.ascontiguousarray(np.tile(array, (rows, columns if "_bag_" in name else 1)))
 
 
 def _sum_names(sums: tuple[Tensor, ...]) -> tuple[str, ...]:

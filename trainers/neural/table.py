@@ -28,7 +28,7 @@ class EmbeddingTable(nn.Module):
 
 
 class TouchedRows:
-    """The distinct rows of one batch as a leaf of the graph: `embed` gives every look-up its row, `grad` sums by row."""
+    """The distinct rows of one batch as a leaf of autograd's graph, so that gradients are summed by row."""
 
     def __init__(self, table: EmbeddingTable, ids_M: Tensor) -> None:
         self.ids_U, self._inverse_M = torch.unique(ids_M, return_inverse=True)

@@ -70,7 +70,7 @@ def map_strings(array: pa.Array, function: Any, *, dtype: type, null: Any) -> np
     if len(array) <= _DICTIONARY_ROWS:
         return np.fromiter((null if s is None else function(s) for s in array.to_pylist()), dtype, len(array))
     encoded = array.dictionary_encode()
-    mapped = np.fromiter((function(s) for s in encoded.dictionary.to_pylist()), dtype, len(encoded.dictionary))
+    mapped: npt.NDArray[Any] = np.fromiter((function(s) for s in encoded.dictionary.to_pylist()), dtype, len(encoded.dictionary))
     if encoded.null_count == 0:
         return mapped[encoded.indices.to_numpy()]
     indices = pc.fill_null(encoded.indices, len(mapped)).to_numpy()

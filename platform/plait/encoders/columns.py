@@ -137,7 +137,7 @@ IdTable = VocabularyTable | HashTable | BucketTable
 
 @dataclass(frozen=True, slots=True)
 class ScaleValues:
-    """(n, 1) or, with the indicator, (n, 2) floats: `sign(x) log1p|x|` if `log1p`, less `shift`, times `factor`, cut."""
+    """(n, 1) or, with the indicator, (n, 2) floats: x (or sign(x) log1p|x|) less `shift`, times `factor`, cut."""
 
     shift: float
     factor: float

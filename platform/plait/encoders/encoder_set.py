@@ -112,7 +112,8 @@ class EncoderSet:
         """Fit on `rows`, which must be the training split and nothing else.
 
         inputs: the columns the model may read, in their canonical order; each needs an encoding. Raises SpecError or
-        UnknownNameError (starting with `where`) if the declarations do not fit the columns, DataError if the rows do not.
+        UnknownNameError (starting with `where`) if the declarations do not fit the columns, DataError if the rows
+        do not.
         """
         known = {item.name: item for item in inputs}
         if len(rows) == 0:

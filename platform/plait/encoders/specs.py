@@ -261,7 +261,8 @@ def default_encoding(column: InputColumn, family: Family, *, is_key: bool) -> En
     if is_number(dtype):
         return Raw() if family == "tree" else Scale()
     raise SpecError(
-        f"column {column.name!r} is {dtype}, which no encoder reads; make a number of it in an on-demand view, or drop it"
+        f"column {column.name!r} is {dtype}, which no encoder reads; make a number of it in an on-demand view, "
+        "or drop it"
     )
 
 
@@ -309,7 +310,7 @@ def _typed(key: str, value: Any, annotation: str) -> Any:
         return tuple(_typed(key, item, allowed[6:].split(",")[0].rstrip("]")) for item in value)
     if allowed == "float" and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    exact = {"int": int, "float": float, "bool": bool, "str": str}.get(allowed, str)
-    if type(value) is not exact or (exact is float and not math.isfinite(value)):
+    exact: type = {"int": int, "float": float, "bool": bool, "str": str}.get(allowed, str)
+    if type(value) is not exact or (isinstance(value, float) and not math.isfinite(value)):
         raise SpecError(f"{key} is {value!r}; it must be of type {annotation.replace('Literal', 'one of ')}")
     return value
