@@ -278,7 +278,7 @@ def _schemas() -> Schema:
         ),
         "EventsResponse": _closed(accepted=integer, duplicates=integer),
         "ModelsResponse": _closed(
-            loaded={"type": "array", "items": loaded},
+            models={"type": "array", "items": loaded},
             failed={"type": "array", "items": _closed(ref=string, error=string)},
             registered={
                 "type": "array",

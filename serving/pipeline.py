@@ -83,6 +83,7 @@ class Predictor:
         self._pool, self._experiments, self._log, self._clock, self._metrics = pool, experiments, log, clock, metrics
         self._reads = DeadlinePool(n_reads)
         self._window = ExposureWindow()
+        self._config_version: int | None = None
         self.recent: deque[dict[str, Any]] = deque(maxlen=50)  # of this worker, for the console
         self._stages = {
             stage: metrics.stage_seconds.labels(stage)
@@ -289,6 +290,9 @@ class Predictor:
             self._stages[stage].observe(seconds)
         for reason in answer.degraded:
             metrics.degraded.labels(reason).inc()
+        if answer.config_version not in (None, self._config_version):
+            self._config_version = answer.config_version
+            metrics.config_version.set(float(answer.config_version or 0))
         for arm in answer.arms:
             metrics.assignments.labels(arm.layer, arm.experiment, arm.arm).inc()
         metrics.candidates.labels(answer.query.scene.name).inc(n_candidates)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from plait.errors import PlaitError, RegistryError
+from plait.errors import ArtifactError, PlaitError
 from serving.metrics import Metrics
 from serving.parts import Loader, Registry, ServingModel, VersionLike
 
@@ -74,7 +74,7 @@ class ModelPool:
         return self._models.get(ref)
 
     def get(self, ref: str) -> ServingModel:
-        """The model for `ref`, loaded if need be. RegistryError if it is not registered or does not load."""
+        """The model for `ref`, loaded if need be. RegistryError: not registered; ArtifactError: does not load."""
         model = self._models.get(ref)
         if model is not None:
             if ref in self._on_demand:
@@ -85,9 +85,9 @@ class ModelPool:
         with self._lock:
             if ref in self._models:
                 return self._models[ref]
-            self._update(ref)
+            self._bring(ref, self._registry.resolve(ref))  # a name nobody registered leaves no trace here
             if ref not in self._models:
-                raise RegistryError(self._failures[ref].error)
+                raise ArtifactError(self._failures[ref].error)
             self._on_demand[ref] = None
             while len(self._on_demand) > MAX_ON_DEMAND:
                 self._forget(self._on_demand.popitem(last=False)[0])
@@ -107,7 +107,7 @@ class ModelPool:
         """For /v1/models and the console."""
         wanted = self._wanted_refs()
         return {
-            "loaded": [
+            "models": [
                 {"ref": ref, "name": m.name, "version": m.version, "wanted": ref in wanted, **m.details}
                 for ref, m in sorted(self._models.items())
             ],
@@ -145,7 +145,11 @@ class ModelPool:
             version = self._registry.resolve(ref)
         except PlaitError as error:
             self._fail(ref, ref, error)
-            return
+        else:
+            self._bring(ref, version)
+
+    def _bring(self, ref: str, version: VersionLike) -> None:
+        """Make `version` serve `ref`, unless it does already or failed a moment ago."""
         current = self._models.get(ref)
         if current is not None and (current.name, current.version) == (version.name, str(version.version)):
             self._failures.pop(ref, None)
