@@ -56,10 +56,8 @@ def serve(host: str, port: int, workers: int, threads: int, access_log: bool) ->
 )
 @click.option(
     "--position-bias",
-    default=0.5,
-    show_default=True,
     type=click.FloatRange(0.0),
-    help="Position k is looked at with chance k^-b; 0 looks at all.",
+    help="Position k is looked at with chance k^-b; 0 looks at all. Default: 0.5, or as synthetic data has it.",
 )
 @click.option("--concurrency", default=4, show_default=True, type=click.IntRange(1, 256), help="Visits at a time.")
 @click.option("--scene", default="home", show_default=True)
@@ -72,7 +70,7 @@ def simulate(
     seconds: float | None,
     slate: int,
     n_candidates: int,
-    position_bias: float,
+    position_bias: float | None,
     concurrency: int,
     scene: str,
     seed: int,

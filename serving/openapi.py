@@ -209,7 +209,7 @@ def _schemas() -> Schema:
     tensor["required"] = ["name", "shape", "datatype", "data"]
     candidate = _object(item_id=int64)
     candidate["additionalProperties"] = True
-    candidate["description"] = "Further fields are request-time features, if the model's service declares them."
+    candidate["description"] = "Further fields are the caller's own; the server does not read them."
     predict = _object(
         scene=string,
         entities=_closed(user_id=int64),

@@ -105,15 +105,14 @@ class Predictor:
         mark = time.perf_counter()
         assignment = self._assign(answer)
         answer.model = self._choose_model(answer, assignment)
-        item_ids, extras = np.array(query.item_ids, np.int64), query.extras
+        item_ids = np.array(query.item_ids, np.int64)
         exclude_seen = bool(self._parameter(assignment, EXCLUDE_SEEN, False))
         limit = self._limit(assignment)
         if not exclude_seen:  # nothing will be dropped later, so nothing more need be read
             item_ids = item_ids[:limit]
-            extras = {name: values[:limit] for name, values in extras.items()}
         mark = _lap(stages, "assign", mark)
 
-        rows = self._read(answer, item_ids, extras)
+        rows = self._read(answer, item_ids)
         if exclude_seen:
             item_ids, rows = self._drop_seen(answer, item_ids, rows, limit)
         mark = _lap(stages, "features", mark)
@@ -184,21 +183,16 @@ class Predictor:
             )
         return model
 
-    def _read(self, answer: Answer, item_ids: np.ndarray, extras: Mapping[str, Sequence[Any]]) -> Rows:
+    def _read(self, answer: Answer, item_ids: np.ndarray) -> Rows:
         model, query = _present(answer.model), answer.query
-        columns: dict[str, Any] = {"item_id": pa.array(item_ids)}
-        for name, dtype in model.context_fields.items():
-            if name in extras:
-                columns[name] = _column(name, extras[name], dtype)
-        candidates = pa.table(columns)
+        _check_context(query.context, model.context_fields)
+        candidates = pa.table({"item_id": pa.array(item_ids)})
 
         def read() -> Rows:
             return model.reader.read({"user_id": query.user_id}, candidates, context=query.context, now=answer.at)
 
         try:
             rows = self._reads.run(read, timeout_s=query.scene.features_timeout_ms / 1e3)
-        except RequestError:
-            raise
         except Exception as error:
             logger.error("request %s: features unavailable, serving defaults: %r", answer.request_id, error)
             answer.degrade("features_unavailable")
@@ -405,13 +399,15 @@ def _used_arms(assignment: AssignmentLike) -> Sequence[Any]:
     return tuple(assignment.exposures())
 
 
-def _column(name: str, values: Sequence[Any], dtype: pa.DataType) -> pa.Array:
-    try:
-        return pa.array(values, dtype)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
-        raise RequestError(
-            422, "Invalid request", f"candidates: {name} must be {dtype}: {error}", pointer="#/candidates"
-        ) from error
+def _check_context(context: Mapping[str, Any], fields: Mapping[str, pa.DataType]) -> None:
+    """RequestError 422 for a context field of another type than the model's feature service declares."""
+    for name, dtype in fields.items():
+        if name in context:
+            try:
+                pa.array([context[name]], dtype)
+            except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+                detail = f"context field {name!r} must be {dtype}: {error}"
+                raise RequestError(422, "Invalid request", detail, pointer=f"#/context/{name}") from error
 
 
 def _present(model: ServingModel | None) -> ServingModel:

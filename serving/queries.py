@@ -25,7 +25,7 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PredictQuery:
-    """One ranking question. `extras`: per further candidate field, one value per candidate (None where absent)."""
+    """One ranking question. item_ids: distinct, in the order they first came."""
 
     scene: Scene
     user_id: int
@@ -33,7 +33,6 @@ class PredictQuery:
     context: Mapping[str, Any]
     top_k: int
     model: str | None
-    extras: Mapping[str, Sequence[Any]]
     had_duplicates: bool
 
     @classmethod
@@ -47,7 +46,7 @@ class PredictQuery:
         if "user_id" not in entities:
             raise _wrong("/entities/user_id", "entities must carry user_id, a whole number; it is missing")
         user_id = _int64(entities["user_id"], "/entities/user_id", "user_id")
-        item_ids, extras = _candidates(body, scene)
+        item_ids = _candidates(body, scene)
         context = body.get("context")
         context = {} if context is None else _object(context, "/context", "context")
         top_k = body.get("top_k")
@@ -55,21 +54,15 @@ class PredictQuery:
         model = body.get("model")
         if model is not None and (not isinstance(model, str) or not model):
             raise _wrong("/model", f'model must be a name such as "deepfm" or "deepfm:3", not {_show(model)}')
-        keep = {item: i for i, item in reversed(list(enumerate(item_ids)))}  # where each id stands first
-        had_duplicates = len(keep) < len(item_ids)
-        if had_duplicates:
-            rows = sorted(keep.values())
-            item_ids = [item_ids[i] for i in rows]
-            extras = {name: [values[i] for i in rows] for name, values in extras.items()}
+        distinct = tuple(dict.fromkeys(item_ids))
         return cls(
             scene=scene,
             user_id=user_id,
-            item_ids=tuple(item_ids),
+            item_ids=distinct,
             context=context,
             top_k=top_k,
             model=model,
-            extras=extras,
-            had_duplicates=had_duplicates,
+            had_duplicates=len(distinct) < len(item_ids),
         )
 
 
@@ -169,7 +162,7 @@ def _scene(body: Mapping[str, Any], scenes: Mapping[str, Scene]) -> Scene:
     return scenes[name]
 
 
-def _candidates(body: Mapping[str, Any], scene: Scene) -> tuple[list[int], dict[str, list[Any]]]:
+def _candidates(body: Mapping[str, Any], scene: Scene) -> list[int]:
     rows, ids = body.get("candidates"), body.get("candidate_ids")
     if (rows is None) == (ids is None):
         were = "both came" if rows is not None else "neither came"
@@ -189,19 +182,14 @@ def _candidates(body: Mapping[str, Any], scene: Scene) -> tuple[list[int], dict[
             pointer=f"#/{where}",
         )
     if ids is not None:
-        return [_int64(item, f"/candidate_ids/{i}", "a candidate id") for i, item in enumerate(given)], {}
+        return [_int64(item, f"/candidate_ids/{i}", "a candidate id") for i, item in enumerate(given)]
     item_ids: list[int] = []
-    extras: dict[str, list[Any]] = {}
     for i, row in enumerate(given):
         row = _object(row, f"/candidates/{i}", "a candidate", missing='{"item_id": 1}')
         if "item_id" not in row:
             raise _wrong(f"/candidates/{i}/item_id", f"candidate {i} carries no item_id")
         item_ids.append(_int64(row["item_id"], f"/candidates/{i}/item_id", "item_id"))
-        if len(row) > 1:
-            for name, value in row.items():
-                if name != "item_id":
-                    extras.setdefault(name, [None] * len(given))[i] = value
-    return item_ids, extras
+    return item_ids
 
 
 def _object(value: Any, at: str, what: str, *, missing: str = "") -> dict[str, Any]:

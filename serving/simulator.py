@@ -27,6 +27,8 @@ class Tastes(Protocol):
 
     @property
     def users(self) -> np.ndarray: ...
+    @property
+    def position_bias(self) -> float: ...
     def candidates(self, user_id: int, n: int, rng: np.random.Generator) -> np.ndarray: ...
     def reaction(self, user_id: int, item_id: int, rng: np.random.Generator) -> list[tuple[str, float | None]]: ...
     def is_done(self, user_id: int) -> bool: ...
@@ -34,6 +36,8 @@ class Tastes(Protocol):
 
 class RatingTastes:
     """Tastes read from real ratings: each rated item answers once, an unrated one never."""
+
+    position_bias = 0.5  # nobody knows how these users looked at a slate
 
     def __init__(self, user_ids: np.ndarray, item_ids: np.ndarray, stars: np.ndarray, pool: np.ndarray) -> None:
         """Three columns of equal length, and the items to sample others from."""
@@ -64,9 +68,38 @@ class RatingTastes:
         return not self._left[user_id]
 
 
+class Appeal(Protocol):
+    """Click probability of an item that is looked at; the truth behind synthetic data."""
+
+    def __call__(self, user_id: np.ndarray, item_id: np.ndarray) -> np.ndarray: ...
+
+
+class KnownTastes:
+    """Tastes of which the click probability is known: synthetic data."""
+
+    def __init__(self, users: np.ndarray, pool: np.ndarray, appeal: Appeal, position_bias: float) -> None:
+        """users: who may come. pool: the items that are there now."""
+        self.users, self._pool, self._appeal, self.position_bias = (
+            np.unique(users),
+            np.unique(pool),
+            appeal,
+            position_bias,
+        )
+
+    def candidates(self, user_id: int, n: int, rng: np.random.Generator) -> np.ndarray:
+        return rng.permutation(self._pool)[:n]
+
+    def reaction(self, user_id: int, item_id: int, rng: np.random.Generator) -> list[tuple[str, float | None]]:
+        chance = float(self._appeal(np.array(user_id), np.array(item_id)))
+        return [("click", None)] if rng.random() < chance else []
+
+    def is_done(self, user_id: int) -> bool:
+        return False
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """How to simulate. position_bias b: the k-th position is looked at with chance k^-b; 0 looks at all."""
+    """How to simulate. position_bias b: position k is looked at with chance k^-b; None: as the tastes."""
 
     url: str
     scene: str = "home"
@@ -75,7 +108,7 @@ class Plan:
     seconds: float | None = None
     slate: int = 10
     n_candidates: int = 100
-    position_bias: float = 0.5
+    position_bias: float | None = None
     concurrency: int = 4
     seed: int = 0
     timeout_s: float = 10.0
@@ -205,9 +238,10 @@ class Simulator:
         self._count(answer, len(shown), events)
 
     def _look(self, user: int, request_id: str, shown: Sequence[int], rng: np.random.Generator) -> list[dict[str, Any]]:
+        bias = self._tastes.position_bias if self._plan.position_bias is None else self._plan.position_bias
         events = []
         for position, item in enumerate(shown, start=1):
-            if rng.random() >= position**-self._plan.position_bias:
+            if rng.random() >= position**-bias:
                 continue
             for kind, value in self._tastes.reaction(user, item, rng):
                 events.append(

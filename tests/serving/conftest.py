@@ -234,6 +234,7 @@ def make_world() -> Iterator[World]:
             scorer=scorer,
             reader=reader,
             features=FEATURES,
+            context_fields={"temperature": pa.float64()},
             details={"feature_service": f"click_{version.name}", "algorithm": "fake", "metrics": {"auc": 0.75}},
         )
 

@@ -32,6 +32,7 @@ BAD_PREDICT = [
     ({"top_k": 0}, 422, "at least 1"),
     ({"top_k": "10"}, 422, "whole number"),
     ({"context": [1]}, 422, "context"),
+    ({"context": {"temperature": "warm"}}, 422, "'temperature' must be double"),
     ({"model": 3}, 422, "model must be a name"),
     ({"modle": "deepfm"}, 422, "did you mean 'model'"),
 ]
