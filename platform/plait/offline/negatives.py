@@ -76,7 +76,8 @@ def _slots(positives: ir.Table, n: int) -> ir.Table:
     """Each positive n times, with `slot` 1 … n."""
     import ibis
 
-    return positives.mutate(slot=ibis.range(1, n + 1).unnest().cast("int64"))
+    repeated = positives.drop("slot").mutate(slot=ibis.range(1, n + 1).unnest())
+    return repeated.mutate(slot=repeated.slot.cast("int64"))
 
 
 def _catalogue(engine: Engine, positives: ir.Table, items: ir.Table, spec: NegativeSpec, label: str) -> ir.Table:
