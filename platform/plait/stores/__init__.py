@@ -1,0 +1,1 @@
+"""Feast plug-ins: the offline store (DuckDB), the online stores (SQLite, Redis) and the compute engine."""

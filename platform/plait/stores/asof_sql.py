@@ -1,0 +1,201 @@
+"""The point-in-time join as SQL: one ASOF join per view, all of them in one query.
+
+Times are compared as microseconds since 1970 (BIGINT, UTC): cheaper than timestamps with a zone, and a naive timestamp
+means UTC whatever the session thinks. Per view, a row counts from the moment `at`:
+  cutoff off: at = event time;
+  cutoff on:  at = known = max(event, created). A row that became known when a newer one was known already is never the
+              newest of anything, so what remains after dropping those rises in event time as it rises in `known`, and
+              the last one at or before t is exactly the newest of all that were known at t.
+Two rows with the same event time: the newer created wins; the same created too: the one written last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+from plait.stores.asof_engine import quote
+from plait.stores.asof_sources import Relation
+
+ROW, AT, EVENT = "__row", "__at", "__event"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViewPlan:
+    """What is read of one feature view. Names in `join_keys` and `features` are (Feast's name → name in the result)."""
+
+    name: str
+    relation: Relation
+    join_keys: Mapping[str, str]  # the source's key → the entity frame's column
+    features: Mapping[str, str]  # the source's feature → the result's column
+    timestamp_field: str
+    created_field: str | None
+    ttl: timedelta | None
+    cutoff: bool = False
+    has_ties: bool = True  # two rows of a key share an event time: decide between them
+
+    @property
+    def event(self) -> str:
+        return self._micros(self.timestamp_field, what="the event timestamp")
+
+    @property
+    def created(self) -> str | None:
+        if self.created_field is None:
+            return None
+        return self._micros(self.created_field, what="the created timestamp")
+
+    def _micros(self, name: str, *, what: str) -> str:
+        column = self.relation.column(name, what=what)
+        return micros(column, self.relation.type_of(name))
+
+    @property
+    def keys(self) -> list[str]:
+        return [self.relation.column(key, what=f"a join key of view {self.name!r}") for key in self.join_keys]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TimeRange:
+    """The entity frame's first and last time, microseconds; None where it has none."""
+
+    first: int | None
+    last: int | None
+
+
+def micros(column: str, type_: str) -> str:
+    """Microseconds since 1970 UTC of a column; without a zone it is UTC already, text is parsed, null stays null."""
+    return f"epoch_us({column})" if type_.startswith(("TIMESTAMP", "DATE")) else f"epoch_us({column}::TIMESTAMPTZ)"
+
+
+def time_filter(view: ViewPlan, bounds: TimeRange) -> str:
+    """Rows that any entity row could see, by the raw column so that parquet statistics prune row groups."""
+    column = view.relation.column(view.timestamp_field, what="the event timestamp")
+    parts = [f"{column} IS NOT NULL", *(f"{key} IS NOT NULL" for key in view.keys)]
+    if bounds.last is not None:
+        parts.append(f"{column} < {_moment(view, bounds.last + 1)}")
+    if bounds.first is not None and view.ttl:
+        parts.append(f"{column} >= {_moment(view, bounds.first - ttl_micros(view.ttl))}")
+    return " AND ".join(parts)
+
+
+def _moment(view: ViewPlan, at: int) -> str:
+    """`at` (microseconds) in the type of the view's timestamp column, so that the column itself needs no cast."""
+    zoned = "WITH TIME ZONE" in view.relation.type_of(view.timestamp_field)
+    naive = view.relation.type_of(view.timestamp_field).startswith(("TIMESTAMP", "DATE")) and not zoned
+    return f"make_timestamp({at})" if naive else f"make_timestamptz({at})"
+
+
+def ttl_micros(ttl: timedelta) -> int:
+    return ttl // timedelta(microseconds=1)
+
+
+def late_query(view: ViewPlan, bounds: TimeRange) -> str:
+    """One row if some row became known after it happened (or nobody knows when), else none."""
+    if view.created is None:
+        return "SELECT 1 LIMIT 0"
+    late = f"({view.created} > {view.event} OR {view.created} IS NULL)"
+    return f"SELECT 1 FROM {view.relation.sql} WHERE {time_filter(view, bounds)} AND {late} LIMIT 1"
+
+
+def ties_query(view: ViewPlan, bounds: TimeRange) -> str:
+    """One row if two rows of one key share an event time, else none."""
+    groups = ", ".join([*view.keys, view.event])
+    return (
+        f"SELECT 1 FROM {view.relation.sql} WHERE {time_filter(view, bounds)} "
+        f"GROUP BY {groups} HAVING count(*) > 1 LIMIT 1"
+    )
+
+
+def view_query(view: ViewPlan, bounds: TimeRange, *, keep: str = "") -> str:
+    """The view's rows ready for the ASOF join: keys k0.., __at, __event, features f0... `keep` is a further filter."""
+    keys = [f"{key} AS k{i}" for i, key in enumerate(view.keys)]
+    features = [
+        f"{view.relation.column(feature, what=f'a feature of view {view.name!r}')} AS f{i}"
+        for i, feature in enumerate(view.features)
+    ]
+    where = time_filter(view, bounds) + (f" AND {keep}" if keep else "")
+    source = f"FROM {view.relation.sql} WHERE {where}"
+    if view.cutoff and view.created is not None:
+        return _known_query(view, keys, features, source)
+    select = ", ".join([*keys, f"{view.event} AS {AT}", f"{view.event} AS {EVENT}", *features])
+    if not view.has_ties:
+        return f"SELECT {select} {source}"
+    partition = ", ".join([*view.keys, view.event])
+    latest = [f"{column} DESC" for column in view.relation.order]
+    if view.created is not None:
+        latest.insert(0, f"{view.created} DESC NULLS LAST")
+    rank = f"row_number() OVER (PARTITION BY {partition} ORDER BY {', '.join(latest)})"
+    return f"SELECT {select} {source} QUALIFY {rank} = 1"
+
+
+def _known_query(view: ViewPlan, keys: list[str], features: list[str], source: str) -> str:
+    """Rows in order of `known` that raise the running maximum of (event, created), one per key and `known`."""
+    known = f"greatest({view.event}, {view.created})"
+    # (event, created) as one number that sorts like the pair.
+    newness = f"({view.event}::HUGEINT * 18446744073709551616 + {view.created})"
+    partition = f"PARTITION BY {', '.join(view.keys)} " if view.keys else ""
+    window = f"({partition}ORDER BY {', '.join([known, newness, *view.relation.order])}"
+    inner = ", ".join(
+        [
+            *keys,
+            f"{known} AS {AT}",
+            f"{view.event} AS {EVENT}",
+            *features,
+            f"{newness} AS __newness",
+            f"max({newness}) OVER {window} ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS __before",
+            f"lead({known}) OVER {window}) AS __next",
+        ]
+    )
+    names = ", ".join([*(f"k{i}" for i in range(len(keys))), AT, EVENT, *(f"f{i}" for i in range(len(features)))])
+    return (
+        f"SELECT {names} FROM (SELECT {inner} {source} AND {view.created} IS NOT NULL) "
+        "WHERE (__before IS NULL OR __newness >= __before) AND (__next IS NULL OR __next > __at)"
+    )
+
+
+def join_query(entity: str, columns: Sequence[str], views: Sequence[ViewPlan], bounds: TimeRange) -> str:
+    """The whole retrieval. `entity` is a relation with `columns`, its time as __at and its row number as __row."""
+    names = [f"v{i}" for i in range(len(views))]
+    with_ = ",\n".join(f"{name} AS ({view_query(view, bounds)})" for name, view in zip(names, views, strict=True))
+    joins, outputs = [], [f"e.{quote(column)}" for column in columns]
+    for name, view in zip(names, views, strict=True):
+        on = [f"e.{quote(column)} = {name}.k{i}" for i, column in enumerate(view.join_keys.values())]
+        joins.append(f"ASOF LEFT JOIN {name} ON {' AND '.join([*on, f'e.{AT} >= {name}.{AT}'])}")
+        for i, result in enumerate(view.features.values()):
+            value = f"{name}.f{i}"
+            if view.ttl:
+                value = f"CASE WHEN {name}.{EVENT} >= e.{AT} - {ttl_micros(view.ttl)} THEN {value} END"
+            outputs.append(f"{value} AS {quote(result)}")
+    head = f"WITH {with_}\n" if with_ else ""
+    return f"{head}SELECT {', '.join(outputs)}\nFROM {entity} e\n" + "\n".join(joins) + f"\nORDER BY e.{ROW}"
+
+
+def withheld_query(entity: str, view: ViewPlan, bounds: TimeRange) -> str:
+    """What the cutoff took away: entity rows that got an older value because of it, and those that got none.
+
+    Compares the newest row by event time with the one the cutoff lets through, both within the ttl.
+    """
+    free = _bare(view, cutoff=False)
+    on = [f"e.{quote(column)} = {{0}}.k{i}" for i, column in enumerate(view.join_keys.values())]
+    match = " AND ".join([*on, f"e.{AT} >= {{0}}.{AT}"])
+    alive = f"o.{EVENT} >= e.{AT} - {ttl_micros(view.ttl)}" if view.ttl else "TRUE"
+    seen = f"s.{EVENT} IS NOT NULL" + (f" AND s.{EVENT} >= e.{AT} - {ttl_micros(view.ttl)}" if view.ttl else "")
+    return (
+        f"WITH o AS ({view_query(free, bounds)}), s AS ({view_query(_bare(view, cutoff=True), bounds)}) "
+        f"SELECT count(*) FILTER ({seen} AND s.{EVENT} < o.{EVENT}), count(*) FILTER (NOT coalesce({seen}, FALSE)) "
+        f"FROM {entity} e ASOF JOIN o ON {match.format('o')} ASOF LEFT JOIN s ON {match.format('s')} WHERE {alive}"
+    )
+
+
+def _bare(view: ViewPlan, *, cutoff: bool) -> ViewPlan:
+    return ViewPlan(
+        name=view.name,
+        relation=view.relation,
+        join_keys=view.join_keys,
+        features={},
+        timestamp_field=view.timestamp_field,
+        created_field=view.created_field,
+        ttl=view.ttl,
+        cutoff=cutoff,
+        has_ties=False,  # only times are compared, and rows that tie have the same
+    )

@@ -1,0 +1,346 @@
+"""Plait's offline store: Feast's DuckDB store with point-in-time joins by ASOF JOIN, in bounded memory.
+
+In feature_store.yaml:
+    offline_store:
+      type: plait.stores.offline.AsofDuckDBOfflineStore
+      created_cutoff: on        # what became known after an entity row's time is not visible to it
+      memory_limit: 4GB         # default: DuckDB's, 80 % of the machine
+      threads: 4                # default: all
+      temp_directory: .plait/tmp
+
+Everything Feast asks of its DuckDB store works the same; docs/offline_store.md tells what is better and what differs.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import duckdb
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from feast.data_format import ParquetFormat
+from feast.data_source import DataSource
+from feast.feature_logging import LoggingConfig, LoggingSource
+from feast.feature_view import DUMMY_ENTITY_ID, FeatureView
+from feast.infra.offline_stores.duckdb import DuckDBOfflineStore, DuckDBOfflineStoreConfig
+from feast.infra.offline_stores.file_source import FileLoggingDestination, FileSource
+from feast.infra.offline_stores.offline_utils import get_pyarrow_schema_from_batch_source
+from feast.infra.registry.base_registry import BaseRegistry
+from feast.on_demand_feature_view import OnDemandFeatureView
+from feast.repo_config import RepoConfig
+from feast.utils import compute_non_entity_date_range
+from pydantic import PositiveInt, field_validator
+
+from plait.errors import StoreError, did_you_mean
+from plait.files import atomic_file
+from plait.stores.asof_engine import EngineLimits, connect, quote
+from plait.stores.asof_entities import Entities, RangeEntities, TableEntities, read_entities, to_micros
+from plait.stores.asof_job import AsofMetadata, DuckDBJob, OpenView, Planned, PointInTime
+from plait.stores.asof_sources import is_remote, resolve_path, source_relation
+from plait.stores.asof_sql import TimeRange, ViewPlan, micros
+
+
+class AsofDuckDBOfflineStoreConfig(DuckDBOfflineStoreConfig):
+    """The `offline_store` block of feature_store.yaml; relative folders are below it."""
+
+    type: Literal["plait.stores.offline.AsofDuckDBOfflineStore"] = "plait.stores.offline.AsofDuckDBOfflineStore"  # type: ignore[assignment]
+
+    created_cutoff: bool = False
+    """Hide values whose created timestamp is later than the entity row's time, in every retrieval."""
+
+    memory_limit: str | None = None
+    """What one query may hold in memory before it spills, as DuckDB writes it: "2GB"."""
+
+    threads: PositiveInt | None = None
+    """CPU threads of one query."""
+
+    temp_directory: str | None = None
+    """Where a query spills to; the system's temporary folder by default."""
+
+    @field_validator("created_cutoff", mode="before")
+    @classmethod
+    def _on_or_off(cls, value: object) -> object:
+        # YAML 1.1 reads on and off as booleans, but "on" in quotes, or from the environment, is text.
+        return {"on": True, "off": False}.get(value.lower(), value) if isinstance(value, str) else value
+
+
+class AsofDuckDBOfflineStore(DuckDBOfflineStore):
+    """Feast's OfflineStore contract on DuckDB; see the module."""
+
+    supports_filter_by_created_timestamp = True
+
+    @staticmethod
+    def get_historical_features(  # type: ignore[override]
+        config: RepoConfig,
+        feature_views: list[FeatureView],
+        feature_refs: list[str],
+        entity_df: pd.DataFrame | pa.Table | str | Path | None,
+        registry: BaseRegistry,
+        project: str,
+        full_feature_names: bool = False,
+        filter_by_created_timestamp: bool = False,
+        start_date: datetime | None = None,
+        end_date: datetime | None = None,
+    ) -> DuckDBJob:
+        """Join the features to the entity rows as of their times; runs when the job's result is asked for.
+
+        entity_df: pandas, Arrow, SQL for DuckDB, or the path of a parquet file or folder (relative to the repo).
+        None: every key and moment from start_date to end_date, both included, at which a view got a value.
+        Raises StoreError if the frame is none of these or a view cannot be read.
+        """
+        repo_path, limits = config.repo_path, engine_limits(config)
+        cutoff = filter_by_created_timestamp or created_cutoff(config)
+        on_demand = OnDemandFeatureView.get_requested_odfvs(feature_refs, project, registry)
+        if entity_df is None:
+            start, end = compute_non_entity_date_range(feature_views, start_date, end_date)
+            entities: Entities = RangeEntities(start=start, end=end)
+        else:
+            # Only SQL can name them.
+            listed = registry.list_data_sources(project, allow_cache=True) if isinstance(entity_df, str) else []
+            sources = {source.name: source for source in listed}
+            entities = read_entities(entity_df, sources=sources, repo_path=repo_path)
+        retrieval = PointInTime(
+            entities=entities,
+            views=[_opener(view, feature_refs, full_feature_names, cutoff, repo_path) for view in feature_views],
+            limits=limits,
+            repo_path=repo_path,
+            request_fields=[(view.name, name) for view in on_demand for name in view.get_request_data_schema()],
+            warn_of_cutoff=cutoff and not filter_by_created_timestamp,
+        )
+        return DuckDBJob(
+            plan=retrieval,
+            limits=limits,
+            doing="historical features",
+            repo_path=repo_path,
+            on_demand=on_demand,
+            full_feature_names=full_feature_names,
+            metadata=_metadata(feature_refs, entities, retrieval),
+        )
+
+    @staticmethod
+    def pull_latest_from_table_or_query(
+        config: RepoConfig,
+        data_source: DataSource,
+        join_key_columns: list[str],
+        feature_name_columns: list[str],
+        timestamp_field: str,
+        created_timestamp_column: str | None,
+        start_date: datetime,
+        end_date: datetime,
+    ) -> DuckDBJob:
+        """The newest row of each key within [start_date, end_date]; ties by created, then the row written last."""
+        return _pull(
+            config,
+            data_source,
+            [*join_key_columns, *feature_name_columns],
+            timestamp_field,
+            created_timestamp_column,
+            start_date,
+            end_date,
+            latest_of=join_key_columns,
+        )
+
+    @staticmethod
+    def pull_all_from_table_or_query(
+        config: RepoConfig,
+        data_source: DataSource,
+        join_key_columns: list[str],
+        feature_name_columns: list[str],
+        timestamp_field: str,
+        created_timestamp_column: str | None = None,
+        start_date: datetime | None = None,
+        end_date: datetime | None = None,
+    ) -> DuckDBJob:
+        """All rows within [start_date, end_date], in the order of the source."""
+        return _pull(
+            config,
+            data_source,
+            [*join_key_columns, *feature_name_columns],
+            timestamp_field,
+            created_timestamp_column,
+            start_date,
+            end_date,
+            latest_of=None,
+        )
+
+    @staticmethod
+    def offline_write_batch(
+        config: RepoConfig,
+        feature_view: FeatureView,
+        table: pa.Table,
+        progress: Callable[[int], Any] | None,
+    ) -> None:
+        """Append rows to the view's source: a new part in its folder, or its one file rewritten aside and renamed.
+
+        Raises StoreError if the columns are not the source's.
+        """
+        source = feature_view.batch_source
+        is_parquet = isinstance(source, FileSource) and (
+            source.file_format is None or isinstance(source.file_format, ParquetFormat)
+        )
+        if not isinstance(source, FileSource) or not is_parquet or is_remote(source.path):
+            DuckDBOfflineStore.offline_write_batch(config, feature_view, table, progress)
+            return
+        _, names = get_pyarrow_schema_from_batch_source(config, source)
+        if set(names) != set(table.column_names):
+            raise StoreError(
+                f"view {feature_view.name!r}: the rows have the columns {sorted(table.column_names)}, its source has "
+                f"{sorted(names)}; give exactly these"
+            )
+        path = Path(resolve_path(source.path, config.repo_path))
+        if path.is_dir():
+            _append_part(path, table.select(names))
+        else:
+            _append_to_file(path, table.select(names))
+        if progress:
+            progress(table.num_rows)
+
+    @staticmethod
+    def write_logged_features(
+        config: RepoConfig,
+        data: pa.Table | Path,
+        source: LoggingSource,
+        logging_config: LoggingConfig,
+        registry: BaseRegistry,
+    ) -> None:
+        """Append logged features as parts of the destination folder (partitioned as it says)."""
+        destination = logging_config.destination
+        if not isinstance(destination, FileLoggingDestination) or is_remote(destination.path):
+            DuckDBOfflineStore.write_logged_features(config, data, source, logging_config, registry)
+            return
+        folder = Path(resolve_path(destination.path, config.repo_path))
+        folder.mkdir(parents=True, exist_ok=True)
+        table = pq.read_table(data) if isinstance(data, Path) else data
+        if destination.partition_by:
+            pq.write_to_dataset(
+                table,
+                root_path=folder,
+                partition_cols=list(destination.partition_by),
+                basename_template=f"part-{uuid.uuid4().hex}-{{i}}.parquet",
+            )
+        else:
+            _append_part(folder, table)
+
+
+def engine_limits(config: RepoConfig) -> EngineLimits:
+    """The limits that feature_store.yaml sets for one query."""
+    store = config.offline_store
+    if not isinstance(store, AsofDuckDBOfflineStoreConfig):
+        return EngineLimits()
+    spill = resolve_path(store.temp_directory, config.repo_path) if store.temp_directory else None
+    return EngineLimits(
+        memory_limit=store.memory_limit, threads=store.threads, temp_directory=Path(spill) if spill else None
+    )
+
+
+def created_cutoff(config: RepoConfig) -> bool:
+    """Whether feature_store.yaml sets the created-timestamp cutoff for every retrieval."""
+    return isinstance(config.offline_store, AsofDuckDBOfflineStoreConfig) and config.offline_store.created_cutoff
+
+
+def _opener(
+    view: FeatureView, feature_refs: Sequence[str], full_feature_names: bool, cutoff: bool, repo_path: Path | None
+) -> OpenView:
+    """Opens the view's source and says what is read of it; has neither looked for ties nor for late rows."""
+    source = view.batch_source
+    if source is None:
+        raise StoreError(f"feature view {view.name!r} has no batch_source, so it has no history; give it one")
+    prefix = f"{view.projection.name_to_use()}:"
+    wanted = list(dict.fromkeys(ref.removeprefix(prefix) for ref in feature_refs if ref.startswith(prefix)))
+    # As in Feast: the column takes the alias or the name, without a version tag.
+    full_name = view.projection.name_alias or view.name
+    keys = [column.name for column in view.entity_columns if column.name != DUMMY_ENTITY_ID]
+
+    def open_view(db: duckdb.DuckDBPyConnection) -> ViewPlan:
+        return ViewPlan(
+            name=view.name,
+            relation=source_relation(db, source, repo_path),
+            join_keys={key: view.projection.join_key_map.get(key, key) for key in keys},
+            features={name: f"{full_name}__{name}" if full_feature_names else name for name in wanted},
+            timestamp_field=source.timestamp_field,
+            created_field=source.created_timestamp_column or None,
+            ttl=view.ttl or None,
+            cutoff=cutoff and bool(source.created_timestamp_column),
+        )
+
+    return open_view
+
+
+def _metadata(feature_refs: list[str], entities: Entities, retrieval: PointInTime) -> AsofMetadata:
+    def keys() -> list[str]:
+        if isinstance(entities, TableEntities):
+            return [name for name in entities.table.column_names if name != entities.time_column]
+        with retrieval.bound() as bound:
+            return [name for name in bound.columns if name != bound.time_column]
+
+    def bounds() -> TimeRange:
+        if isinstance(entities, TableEntities):
+            return entities.bounds()
+        with retrieval.bound() as bound:
+            return bound.bounds
+
+    return AsofMetadata(feature_refs, keys, bounds)
+
+
+def _pull(
+    config: RepoConfig,
+    source: DataSource,
+    columns: list[str],
+    timestamp_field: str,
+    created_field: str | None,
+    start: datetime | None,
+    end: datetime | None,
+    *,
+    latest_of: list[str] | None,
+) -> DuckDBJob:
+    limits, repo_path = engine_limits(config), config.repo_path
+    fields = list(dict.fromkeys([*columns, timestamp_field, *([created_field] if created_field else [])]))
+
+    @contextmanager
+    def plan() -> Iterator[Planned]:
+        with connect(limits) as db:
+            # Names come here as the source has them: Feast maps them before and after.
+            relation = source_relation(db, source, repo_path)
+            for field in fields:
+                if field not in relation.columns:
+                    raise StoreError(f"{relation.name}: no column {field!r}; {did_you_mean(field, relation.columns)}")
+            at = micros(quote(timestamp_field), relation.columns[timestamp_field])
+            where = [f"{at} >= {to_micros(start)}"] if start else []
+            where += [f"{at} <= {to_micros(end)}"] if end else []
+            sql = f"SELECT {', '.join(quote(field) for field in fields)} FROM {relation.sql}"
+            sql += f" WHERE {' AND '.join(where)}" if where else ""
+            if latest_of is not None:
+                order = [f"{at} DESC NULLS LAST"]
+                if created_field:
+                    created = micros(quote(created_field), relation.columns[created_field])
+                    order.append(f"{created} DESC NULLS LAST")
+                order += [f"{column} DESC" for column in relation.order]
+                partition = f"PARTITION BY {', '.join(quote(key) for key in latest_of)} " if latest_of else ""
+                sql += f" QUALIFY row_number() OVER ({partition}ORDER BY {', '.join(order)}) = 1"
+            yield Planned(db=db, sql=sql)
+
+    return DuckDBJob(plan=plan, limits=limits, doing=f"reading source {source.name!r}", repo_path=repo_path)
+
+
+def _append_part(folder: Path, table: pa.Table) -> None:
+    """A new part whose name sorts after what is there, so that of rows that tie in all times the newer wins."""
+    newest = max((path.stat().st_mtime_ns for path in folder.glob("*.parquet")), default=0)
+    stamp = max(newest + 1, time.time_ns())
+    with atomic_file(folder / f"pushed-{stamp:020d}-{uuid.uuid4().hex[:8]}.parquet") as aside:
+        pq.write_table(table, aside, compression="zstd")
+
+
+def _append_to_file(path: Path, table: pa.Table) -> None:
+    """Rewrite the file with the rows at its end, row group by row group."""
+    with pq.ParquetFile(path) as old, atomic_file(path) as aside:
+        with pq.ParquetWriter(aside, old.schema_arrow, compression="zstd") as writer:
+            for group in range(old.num_row_groups):
+                writer.write_table(old.read_row_group(group))
+            writer.write_table(table.cast(old.schema_arrow))
