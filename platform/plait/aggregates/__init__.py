@@ -1,0 +1,31 @@
+"""Aggregates: windowed features declared in feature_repo, computed point in time into feature tables.
+
+    user_stats = aggregate_view(
+        name="user_stats", entities=[user], events=feedback("rating"), windows=["7d", "all"],
+        features=[Count("user_ratings"), Mean("user_rating_mean", of="value")],
+    )
+"""
+
+from plait.aggregates.declare import aggregate_view, home_path, spec_of, table_source
+from plait.aggregates.features import Count, DistinctCount, LastN, LastTime, Max, Mean, Min, Rate, Sum
+from plait.aggregates.spec import AggregateSpec, EventSource, feedback, impressions
+
+__all__ = [
+    "AggregateSpec",
+    "Count",
+    "DistinctCount",
+    "EventSource",
+    "LastN",
+    "LastTime",
+    "Max",
+    "Mean",
+    "Min",
+    "Rate",
+    "Sum",
+    "aggregate_view",
+    "feedback",
+    "home_path",
+    "impressions",
+    "spec_of",
+    "table_source",
+]
