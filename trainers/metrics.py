@@ -166,5 +166,4 @@ def _dcg(gains: Array, scores: Array, group: npt.NDArray[np.int64], k: int) -> A
     new_block[1:] = (grouped[1:] != grouped[:-1]) | (score[1:] != score[:-1])
     block = np.cumsum(new_block) - 1
     mean_gain = np.bincount(block, gain) / np.bincount(block)
-    dcg: Array = np.bincount(grouped, mean_gain[block] * discount)
-    return dcg
+    return np.asarray(np.bincount(grouped, mean_gain[block] * discount), np.float64)
