@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from experiments.store import ConfigStore, LiveConfig
 from plait.artifacts import load_artifact
 from plait.clock import Clock
-from plait.errors import ArtifactError, PlaitError
+from plait.errors import ArtifactError
 from plait.eventlog import EventLog, log_folder
 from plait.models import ModelRegistry
 from plait.online import OnlineReader
@@ -16,8 +16,8 @@ from plait.service import ServiceSpec, open_store, resolve_service
 from plait.settings import Home
 from serving.app import Parts
 from serving.metrics import Metrics
-from serving.parts import Loader, ServingModel, VersionLike
-from serving.pipeline import MODEL, Predictor
+from serving.parts import Loader, ServingModel, SnapshotLike, VersionLike
+from serving.pipeline import Predictor
 from serving.pool import ModelPool
 from serving.scenes import Scene, load_scenes
 
@@ -111,11 +111,6 @@ def check_same_features(ref: str, manifest: ArtifactManifest, service: ServiceSp
             )
 
 
-def wanted_models(scenes: Mapping[str, Scene], snapshot: Any) -> Iterable[str]:
+def wanted_models(scenes: Mapping[str, Scene], snapshot: SnapshotLike) -> Iterable[str]:
     """Every model that some scene or some arm may ask for."""
-    names = [scene.default_model for scene in scenes.values()]
-    try:
-        names.extend(str(value) for value in snapshot.possible_values(MODEL))
-    except PlaitError:  # a configuration without rank.model: every scene uses its default
-        return names
-    return names
+    return [*(scene.default_model for scene in scenes.values()), *sorted(snapshot.model_references())]

@@ -11,6 +11,7 @@ from flask import Flask, Response, g, render_template, request
 
 from plait import __version__
 from plait.errors import PlaitError
+from serving.info import describe_experiments
 from serving.jsonio import json_response
 from serving.metrics import Metrics, quantile
 from serving.parts import Experiments
@@ -94,25 +95,20 @@ def traffic(metrics: Metrics) -> dict[str, Any]:
 
 
 def experiment_shares(experiments: Experiments, metrics: Metrics) -> dict[str, Any]:
-    """The configuration's version and, per experiment and arm, how many answers were made with it."""
-    counts: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    """The configuration's experiments, each arm with its weight and the answers that were made with it."""
+    answers: dict[tuple[str, str], int] = {}
     for metric in metrics.collect():
         for sample in metric.samples:
             if sample.name == "plait_assignments_total":
-                labels = sample.labels
-                counts.setdefault((labels["layer"], labels["experiment"]), []).append(
-                    {"arm": labels["arm"], "answers": int(sample.value)}
-                )
-    served: list[dict[str, Any]] = []
-    for (layer, experiment), arms in sorted(counts.items()):
-        total = sum(arm["answers"] for arm in arms)
-        shares = [{**arm, "share": arm["answers"] / total} for arm in sorted(arms, key=lambda arm: arm["arm"])]
-        served.append({"layer": layer, "experiment": experiment, "arms": shares})
-    try:
-        version = experiments.snapshot.version
-    except PlaitError as error:
-        return {"config_version": None, "served": served, "error": str(error)}
-    return {"config_version": version, "served": served}
+                key = (sample.labels["experiment"], sample.labels["arm"])
+                answers[key] = answers.get(key, 0) + int(sample.value)
+    snapshot = experiments.snapshot
+    described = describe_experiments(snapshot.spec)
+    for experiment in described:
+        counts = [answers.get((experiment["experiment"], arm["arm"]), 0) for arm in experiment["arms"]]
+        for arm, count in zip(experiment["arms"], counts, strict=True):
+            arm["answers"], arm["share"] = count, count / max(1, sum(counts))
+    return {"config_version": snapshot.version, "experiments": described}
 
 
 def _try_it(predictor: Predictor, scenes: Mapping[str, Scene]) -> dict[str, Any]:

@@ -54,5 +54,5 @@ def exposure_record(arm: Any, at: datetime, request_id: str, config_version: int
         "arm": arm.arm,
         "config_version": config_version,
         "forced": bool(arm.forced),
-        "counterfactual": bool(getattr(arm, "counterfactual", False)),
+        "counterfactual": bool(arm.counterfactual),
     }

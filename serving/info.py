@@ -55,16 +55,40 @@ def registered_models(registry: Registry) -> list[dict[str, Any]]:
 
 
 def describe_assignment(experiments: Experiments, unit: str, scene: str, clock: ClockLike) -> dict[str, Any]:
-    """What a user would be served: every arm and every parameter's value. Nothing is recorded as an exposure."""
-    snapshot = experiments.snapshot
-    assignment = snapshot.assign({"user": unit, "request": "none"}, {"scene": scene}, clock.now())
+    """What a user would be served, layer by layer with the reason. Nothing is recorded as an exposure."""
+    explanation = experiments.snapshot.explain({"user": unit}, {"scene": scene}, clock.now())
     return {
         "unit": unit,
-        "config_version": snapshot.version,
-        "arms": [
-            {"layer": a.layer, "experiment": a.experiment, "arm": a.arm, "unit_kind": a.unit_kind, "forced": a.forced}
-            for a in assignment.arms
+        "config_version": explanation.version,
+        "layers": [
+            {
+                "layer": layer.layer,
+                "unit_kind": layer.unit_kind,
+                "bucket": layer.bucket,
+                "experiment": layer.experiment,
+                "arm": layer.arm,
+                "forced": layer.forced,
+                "parameters": dict(layer.parameters),
+                "why": layer.why,
+            }
+            for layer in explanation.layers
         ],
-        "parameters": dict(assignment.values),
-        "errors": [str(error) for error in assignment.errors],
+        "holdouts": dict(explanation.holdouts),
+        "parameters": dict(explanation.values),
     }
+
+
+def describe_experiments(spec: Any) -> list[dict[str, Any]]:
+    """Every experiment of a configuration: its state, its share of the layer, and its arms' weights, 0 to 1."""
+    return [
+        {
+            "layer": experiment.layer,
+            "experiment": experiment.name,
+            "state": experiment.state,
+            "traffic": sum(end - first for first, end in experiment.ranges) * experiment.traffic / 1e8,
+            "arms": [
+                {"arm": arm.name, "weight": arm.parts / 1e4, "parameters": dict(arm.values)} for arm in experiment.arms
+            ],
+        }
+        for experiment in spec.experiments.values()
+    ]

@@ -288,14 +288,21 @@ def _schemas() -> Schema:
         "AssignmentResponse": _closed(
             unit=string,
             config_version=integer,
-            arms={
+            layers={
                 "type": "array",
                 "items": _closed(
-                    layer=string, experiment=string, arm=string, unit_kind=string, forced={"type": "boolean"}
+                    layer=string,
+                    unit_kind=string,
+                    bucket={"type": ["integer", "null"]},
+                    experiment={"type": ["string", "null"]},
+                    arm={"type": ["string", "null"]},
+                    forced={"type": "boolean"},
+                    parameters={"type": "object"},
+                    why=string,
                 ),
             },
+            holdouts={"type": "object", "additionalProperties": {"type": "boolean"}},
             parameters={"type": "object"},
-            errors={"type": "array", "items": string},
         ),
         "Live": _closed(live={"type": "boolean"}),
         "Ready": _closed(

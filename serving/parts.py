@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -135,6 +135,8 @@ class Arm(Protocol):
     def unit_kind(self) -> str: ...
     @property
     def unit(self) -> str: ...
+    @property
+    def counterfactual(self) -> bool: ...
 
 
 class AssignmentLike(Protocol):
@@ -155,7 +157,11 @@ class SnapshotLike(Protocol):
 
     @property
     def version(self) -> int: ...
+    @property
+    def spec(self) -> Any: ...
     def assign(self, units: Mapping[str, str], attributes: Mapping[str, Any], at: datetime) -> AssignmentLike: ...
+    def explain(self, units: Mapping[str, str], attributes: Mapping[str, Any], at: datetime) -> Any: ...
+    def model_references(self) -> Collection[str]: ...
 
 
 class Experiments(Protocol):

@@ -254,7 +254,7 @@ class Predictor:
             answer.degrade("not_logged")
         fresh: dict[Hashable, Any] = {}
         for arm in answer.arms:
-            key = (arm.unit_kind, arm.unit, arm.experiment, arm.arm, answer.config_version)
+            key = (arm.unit_kind, arm.unit, arm.experiment, arm.arm, arm.counterfactual, answer.config_version)
             if self._window.first(key):
                 fresh[key] = arm
             else:

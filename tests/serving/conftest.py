@@ -16,6 +16,8 @@ import pytest
 from flask import Flask
 from flask.testing import FlaskClient
 
+from experiments.explain import Explanation, explain
+from experiments.snapshot import Snapshot
 from plait.errors import RegistryError, StoreError, did_you_mean
 from serving.app import Parts, create_app
 from serving.metrics import Metrics
@@ -30,6 +32,25 @@ FEATURES = (
     SimpleNamespace(name="user_last_movies", dtype=pa.list_(pa.int64()), side="request"),
     SimpleNamespace(name="movie_mean", dtype=pa.float64(), side="candidate"),
 )
+
+
+SPEC = Snapshot.of(
+    {
+        "parameters": {"rank.model": {"type": "string", "default": "deepfm"}},
+        "layers": {"rank": {"unit": "user", "parameters": ["rank.model"]}},
+        "experiments": {
+            "ranker": {
+                "layer": "rank",
+                "state": "running",
+                "buckets": "0-9999",
+                "arms": {
+                    "deepfm": {"weight": 50, "values": {"rank.model": "deepfm"}},
+                    "lightgbm": {"weight": 50, "values": {"rank.model": "lightgbm"}},
+                },
+            }
+        },
+    }
+).spec
 
 
 class FakeClock:
@@ -131,6 +152,7 @@ class FakeArm:
     unit: str
     unit_kind: str = "user"
     forced: bool = False
+    counterfactual: bool = False
 
 
 class FakeAssignment:
@@ -149,6 +171,13 @@ class FakeSnapshot:
     """Even users are in the arm lightgbm; `values` may be changed."""
 
     version = 3
+    spec = SPEC
+
+    def explain(self, units: Mapping[str, str], attributes: Mapping[str, Any], at: datetime) -> Explanation:
+        return explain(SPEC, self.version, units, attributes, at)
+
+    def model_references(self) -> list[str]:
+        return ["deepfm", "lightgbm"]
 
     def __init__(self) -> None:
         self.values: dict[str, Any] = {"recall.exclude_seen": False, "recall.max_candidates": 500}

@@ -80,7 +80,9 @@ def test_models_lists_loaded_failed_and_registered(world: Any) -> None:
 
 def test_assignments_explain_a_unit_without_exposing_it(world: Any) -> None:
     answer = world.client.get("/v1/assignments?unit=2").get_json()
-    assert answer["parameters"]["rank.model"] == "lightgbm" and answer["config_version"] == 3
+    (layer,) = answer["layers"]
+    assert answer["parameters"]["rank.model"] == layer["arm"] and answer["config_version"] == 3
+    assert layer["why"] and 0 <= layer["bucket"] < 10_000
     assert world.log.records["exposure"] == []
 
 
@@ -92,7 +94,7 @@ def test_the_console_shows_traffic_models_and_recent_requests(world: Any) -> Non
         assert words in page
     content = world.client.get("/console", headers={"Accept": "application/json"}).get_json()
     assert content["traffic"]["predictions"] == 4 and len(content["recent"]) == 4
-    shares = {arm["arm"]: arm["share"] for e in content["experiments"]["served"] for arm in e["arms"]}
+    shares = {arm["arm"]: arm["share"] for e in content["experiments"]["experiments"] for arm in e["arms"]}
     assert shares["deepfm"] == shares["lightgbm"] == 0.5
 
 
