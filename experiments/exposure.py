@@ -1,0 +1,127 @@
+"""Which exposures are logged: the first of each (unit, experiment, arm, configuration version) in a bounded window.
+
+A key forgotten early, or one whose record could not be queued, is logged again at its next use: twice, never not at
+all (the report counts a unit once). Expiry runs on the monotonic clock, so a wall clock that jumps changes nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from experiments.assignment import Assignment
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
+
+
+@dataclass(slots=True)
+class ExposureCounts:
+    """used = logged + repeated + dropped. `evicted` keys left the window early because it was full."""
+
+    used: int = 0
+    logged: int = 0
+    repeated: int = 0
+    dropped: int = 0
+    forced: int = 0
+    evicted: int = 0
+
+
+class ExposureWindow:
+    """Remembers the last `size` keys for `ttl_s` seconds each."""
+
+    def __init__(
+        self, *, size: int = 100_000, ttl_s: float = 3600.0, monotonic: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._size, self._ttl_s, self._monotonic = size, ttl_s, monotonic
+        self._since: OrderedDict[Hashable, float] = OrderedDict()  # oldest first: entries never move
+        self._lock = threading.Lock()
+        self.evicted = 0
+
+    def first(self, key: Hashable) -> bool:
+        """True the first time within the window."""
+        now = self._monotonic()
+        with self._lock:
+            while self._since and now - next(iter(self._since.values())) >= self._ttl_s:
+                self._since.popitem(last=False)
+            if key in self._since:
+                return False
+            self._since[key] = now
+            if len(self._since) > self._size:
+                self._since.popitem(last=False)
+                self.evicted += 1
+            return True
+
+    def forget(self, key: Hashable) -> None:
+        """Let the next use of `key` count as the first."""
+        with self._lock:
+            self._since.pop(key, None)
+
+    def __len__(self) -> int:
+        return len(self._since)
+
+
+class ExposureRecorder:
+    """Turns what an assignment was used for into records of the event log.
+
+    `enqueue(records) -> bool` takes them or, when its queue is full, refuses them all (EventLog.enqueue, with the kind
+    bound). One recorder per process.
+    """
+
+    def __init__(
+        self, enqueue: Callable[[Sequence[Mapping[str, Any]]], bool], window: ExposureWindow | None = None
+    ) -> None:
+        self._enqueue, self.window, self._counts = enqueue, window or ExposureWindow(), ExposureCounts()
+        self._lock = threading.Lock()
+
+    @property
+    def counts(self) -> ExposureCounts:
+        self._counts.evicted = self.window.evicted
+        return self._counts
+
+    def record(self, assignment: Assignment, request_id: str, at: datetime) -> int:
+        """Log the exposures of `assignment` that are new in the window; how many were logged."""
+        fresh: list[tuple[Hashable, dict[str, Any]]] = []
+        exposures = assignment.exposures()
+        for exposure in exposures:
+            # a first counterfactual use is news even where the plain use is known: triggered analysis needs it
+            key = (
+                exposure.unit_kind,
+                exposure.unit,
+                exposure.experiment,
+                exposure.arm,
+                assignment.version,
+                exposure.counterfactual,
+            )
+            if self.window.first(key):
+                record = {
+                    "timestamp": (at - _EPOCH) // _MICROSECOND,
+                    "request_id": request_id,
+                    "unit_kind": exposure.unit_kind,
+                    "unit": exposure.unit,
+                    "layer": exposure.layer,
+                    "experiment": exposure.experiment,
+                    "arm": exposure.arm,
+                    "config_version": assignment.version,
+                    "forced": exposure.forced,
+                    "counterfactual": exposure.counterfactual,
+                }
+                fresh.append((key, record))
+        taken = not fresh or self._enqueue([record for _, record in fresh])
+        if not taken:
+            for key, _ in fresh:
+                self.window.forget(key)
+        with self._lock:
+            self._counts.used += len(exposures)
+            self._counts.repeated += len(exposures) - len(fresh)
+            self._counts.forced += sum(exposure.forced for exposure in exposures)
+            if taken:
+                self._counts.logged += len(fresh)
+            else:
+                self._counts.dropped += len(fresh)
+        return len(fresh) if taken else 0

@@ -1,0 +1,153 @@
+"""Arms that stay: the first arm of each unit of a sticky experiment, in a table, with a bounded memory before it.
+
+Reading a unit for the first time in a process costs one query; writing is left to a thread, because until the row is
+there every process computes the same arm anyway. Rows are only ever added: the first writer wins.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import weakref
+from collections import OrderedDict
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from experiments.tables import metadata, sticky_arms
+from plait.errors import StoreError
+
+logger = logging.getLogger("experiments")
+Key = tuple[str, str, str]
+_MAX_KNOWN, _MAX_QUEUED, _BATCH = 100_000, 10_000, 500
+
+
+class StickyStore:
+    """Sticky arms in a database. `dropped` counts rows that found the queue full; their next use tries again."""
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self._engine = engine
+        self._known: OrderedDict[Key, str] = OrderedDict()
+        self._lock = threading.Lock()
+        self._queue: queue.Queue[tuple[Key, str] | threading.Event] = queue.Queue(_MAX_QUEUED)
+        self._writer: threading.Thread | None = None
+        self._made = False
+        self.dropped = 0
+
+    def get(self, experiment: str, unit_kind: str, unit: str) -> str | None:
+        """The stored arm, or None. StoreError if the database does not answer."""
+        key = (experiment, unit_kind, unit)
+        with self._lock:
+            arm = self._known.get(key)
+            if arm is not None:
+                self._known.move_to_end(key)
+                return arm
+        try:
+            self._create()
+            with self._engine.connect() as db:
+                arm = db.execute(sa.select(sticky_arms.c.arm).where(_is(key))).scalar()
+        except sa.exc.SQLAlchemyError as error:
+            raise StoreError(f"sticky arms do not answer: {str(error).splitlines()[0]}") from error
+        if arm is not None:
+            self._remember(key, arm)
+        return arm
+
+    def keep(self, experiment: str, unit_kind: str, unit: str, arm: str) -> None:
+        """Store the unit's arm soon; without effect if it has one already."""
+        key = (experiment, unit_kind, unit)
+        try:
+            self._queue.put_nowait((key, arm))
+        except queue.Full:
+            self.dropped += 1
+            return
+        self._remember(key, arm)
+        if self._writer is None or not self._writer.is_alive():
+            with self._lock:
+                if self._writer is None or not self._writer.is_alive():
+                    self._writer = threading.Thread(
+                        target=_write, args=(weakref.ref(self), self._queue), name="plait-sticky", daemon=True
+                    )
+                    self._writer.start()
+
+    def flush(self, timeout_s: float = 5.0) -> bool:
+        """Wait until what was kept so far is stored (or was refused by the database); False on time-out."""
+        if self._writer is None:
+            return True
+        done = threading.Event()
+        try:
+            self._queue.put(done, timeout=timeout_s)
+        except queue.Full:
+            return False
+        return done.wait(timeout_s)
+
+    def _remember(self, key: Key, arm: str) -> None:
+        with self._lock:
+            self._known[key] = arm
+            if len(self._known) > _MAX_KNOWN:
+                self._known.popitem(last=False)
+
+    def _forget(self, key: Key) -> None:
+        with self._lock:
+            self._known.pop(key, None)
+
+    def _create(self) -> None:
+        if not self._made:
+            metadata.create_all(self._engine)
+            self._made = True
+
+    def store(self, rows: list[tuple[Key, str]]) -> None:
+        """Write rows whose keys are new; on failure forget them, so that their next use tries again."""
+        try:
+            self._create()
+            for key, arm in dict(rows).items():
+                with self._engine.begin() as db:
+                    stored = db.execute(sa.select(sticky_arms.c.arm).where(_is(key))).scalar()
+                    if stored is None:
+                        db.execute(sticky_arms.insert().values(**_row(key, arm)))
+                    elif stored != arm:  # another process, under other weights, was first
+                        self._remember(key, stored)
+        except sa.exc.IntegrityError:
+            for key, _ in rows:
+                self._forget(key)
+        except sa.exc.SQLAlchemyError as error:
+            logger.warning("sticky arms could not be stored, will try again at their next use: %s", error)
+            for key, _ in rows:
+                self._forget(key)
+
+
+def _write(store_ref: weakref.ref[StickyStore], waiting: queue.Queue[Any]) -> None:
+    """The writer thread: batches of what is waiting, for as long as somebody holds the store."""
+    while True:
+        try:
+            items = [waiting.get(timeout=1.0)]
+        except queue.Empty:
+            if store_ref() is None:
+                return
+            continue
+        while len(items) < _BATCH and not waiting.empty():
+            items.append(waiting.get_nowait())
+        store = store_ref()
+        rows = [item for item in items if not isinstance(item, threading.Event)]
+        if store is not None and rows:
+            store.store(rows)
+        for item in items:
+            if isinstance(item, threading.Event):
+                item.set()
+        del store
+
+
+def _is(key: Key) -> sa.ColumnElement[bool]:
+    experiment, unit_kind, unit = key
+    table = sticky_arms.c
+    return sa.and_(table.experiment == experiment, table.unit_kind == unit_kind, table.unit == _bytes(unit))
+
+
+def _row(key: Key, arm: str) -> dict[str, Any]:
+    return {"experiment": key[0], "unit_kind": key[1], "unit": _bytes(key[2]), "arm": arm, "created": datetime.now(UTC)}
+
+
+def _bytes(unit: str) -> bytes:
+    """Ids as bytes: no database's collation or encoding then decides which ids are equal."""
+    return unit.encode("utf-8", "surrogatepass")

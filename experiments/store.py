@@ -1,0 +1,232 @@
+"""Where configurations are kept: every version, with author, time, note and diff, in one table.
+
+A version is written once and never changed; the newest is the live one. Writing names the version it was based on, so
+of two writers one wins and the other is told (optimistic locking, by the primary key). Rolling back writes an old
+document as a new version: versions only count up, whatever the clock does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from experiments.diff import diff_documents
+from experiments.live import LiveConfig
+from experiments.snapshot import Snapshot
+from experiments.source import Source
+from experiments.sticky import StickyStore
+from experiments.tables import config_versions, metadata
+from experiments.validate import load
+from plait.errors import SpecError, StoreError, UnknownNameError
+from plait.settings import Home
+
+__all__ = ["ConfigStore", "ConfigVersion", "ConflictError", "LiveConfig"]
+
+logger = logging.getLogger("experiments")
+
+
+class ConflictError(StoreError):
+    """Somebody else wrote a version in between: read it, and decide again."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConfigVersion:
+    """One version as it was written. origin: apply, api, rollback or kill. `diff` is against the version before."""
+
+    version: int
+    created: datetime
+    author: str
+    origin: str
+    note: str
+    digest: str
+    document: Mapping[str, Any]
+    diff: tuple[str, ...]
+
+
+class ConfigStore:
+    """Versions of the experiments' configuration in one database; it is reached on first use, not when made."""
+
+    def __init__(self, url: str, *, home: Home | None = None, now: Callable[[], datetime] | None = None) -> None:
+        self.home, self._now = home, now or (lambda: datetime.now(UTC))
+        patience = {"timeout": 10} if url.startswith("sqlite") else {}
+        self.engine = sa.create_engine(url, connect_args=patience)
+        self._ready = False
+
+    @classmethod
+    def at(cls, home: Home, url: str | None = None) -> ConfigStore:
+        """The store of a home: its plait.db, or the database `url`."""
+        return cls(url or f"sqlite:///{home.plait_db}", home=home)
+
+    def head(self) -> ConfigVersion | None:
+        """The live version; None if there is none yet. StoreError if the database does not answer."""
+        newest = sa.select(config_versions).order_by(config_versions.c.version.desc()).limit(1)
+        row = self._read(newest).first()
+        return _version(row) if row else None
+
+    def head_key(self) -> tuple[int, str] | None:
+        """(version, digest) of the live version: what a poll compares."""
+        columns = sa.select(config_versions.c.version, config_versions.c.digest)
+        row = self._read(columns.order_by(config_versions.c.version.desc()).limit(1)).first()
+        return (row.version, row.digest) if row else None
+
+    def get(self, version: int) -> ConfigVersion:
+        """One version. StoreError if it does not exist."""
+        row = self._read(sa.select(config_versions).where(config_versions.c.version == version)).first()
+        if row is None:
+            head = self.head_key()
+            known = f"there are 1 to {head[0]}" if head else "there is none yet"
+            raise StoreError(f"no version {version} of the experiments' configuration; {known}")
+        return _version(row)
+
+    def history(self, limit: int = 100) -> list[ConfigVersion]:
+        """The newest versions, newest first."""
+        rows = self._read(sa.select(config_versions).order_by(config_versions.c.version.desc()).limit(limit))
+        return [_version(row) for row in rows]
+
+    def apply(
+        self,
+        document: Mapping[str, Any] | Source,
+        *,
+        author: str,
+        expected: int | None = None,
+        models: Collection[str] | None = None,
+        note: str = "",
+        origin: str = "api",
+    ) -> ConfigVersion:
+        """Make `document` the live configuration, as a whole or not at all.
+
+        expected: the version it was based on (0: none yet); None takes the present one. Raises ConfigError with every
+        fault, ConflictError if the live version is another (or becomes one meanwhile), StoreError without database.
+        A document equal to the live one writes nothing and returns the live version.
+        """
+        source = document if isinstance(document, Source) else Source(dict(document))
+        load(source, models=models)
+        if not author.strip():
+            raise SpecError("a change needs an author; give your name or e-mail address")
+        head = self.head()
+        present = head.version if head else 0
+        if expected is not None and expected != present:
+            raise ConflictError(f"based on version {expected}, but {_who(head)} is live; look at it and apply again")
+        text = json.dumps(source.document, ensure_ascii=False)
+        digest = hashlib.sha256(json.dumps(source.document, sort_keys=True).encode()).hexdigest()
+        if head is not None and head.digest == digest:
+            return head
+        row = {
+            "version": present + 1,
+            # a clock that jumped back must not make history run backwards
+            "created": max(self._now(), head.created) if head else self._now(),
+            "author": author.strip()[:200],
+            "origin": origin,
+            "note": note,
+            "digest": digest,
+            "document": text,
+            "diff": "\n".join(diff_documents(head.document if head else {}, source.document)),
+        }
+        try:
+            with self._connection() as db, db.begin():
+                db.execute(config_versions.insert().values(**row))
+        except sa.exc.IntegrityError as error:
+            raise ConflictError(
+                f"{_who(self.head())} was written at the same moment; look at it and apply again"
+            ) from error
+        except sa.exc.SQLAlchemyError as error:
+            raise _unreachable(error) from error
+        return self.get(present + 1)
+
+    def rollback(
+        self, version: int, *, author: str, models: Collection[str] | None = None, note: str = ""
+    ) -> ConfigVersion:
+        """Make an old version's document live again, as a new version. It is checked like any other."""
+        old, head = self.get(version), self.head()
+        return self.apply(
+            old.document,
+            author=author,
+            expected=head.version if head else 0,
+            models=models,
+            note=note or f"back to version {version}",
+            origin="rollback",
+        )
+
+    def kill(self, experiment: str | None, *, author: str, note: str = "") -> ConfigVersion:
+        """Stop one experiment, or with None everything, at once. Models are not checked: a kill must always work."""
+        head = self.head()
+        if head is None:
+            raise StoreError("no configuration was applied yet; run `plait experiments apply` first")
+        document = json.loads(json.dumps(head.document))
+        if experiment is None:
+            document["enabled"] = False
+        else:
+            known = document.get("experiments") or {}
+            if experiment not in known:
+                raise UnknownNameError("experiment", experiment, known)
+            known[experiment]["state"] = "stopped"
+            _drop_dependents(known, experiment)
+        return self.apply(document, author=author, expected=head.version, note=note or "killed", origin="kill")
+
+    def snapshot(self) -> Snapshot | None:
+        """The live version, compiled and bound to this store's sticky arms; None if there is none yet."""
+        head = self.head()
+        return Snapshot.of(head.document, version=head.version, sticky=self.sticky()) if head else None
+
+    def sticky(self) -> StickyStore:
+        """The store of sticky arms in the same database."""
+        return StickyStore(self.engine)
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+    # -- database ---------------------------------------------------------------------------------------------------
+
+    def _read(self, query: sa.Select[Any]) -> sa.Result[Any]:
+        try:
+            with self._connection() as db:
+                return db.execute(query).freeze()()
+        except sa.exc.SQLAlchemyError as error:
+            raise _unreachable(error) from error
+
+    def _connection(self) -> sa.Connection:
+        if not self._ready:
+            if self.engine.url.database and self.engine.url.get_backend_name() == "sqlite" and self.home:
+                with suppress(OSError):
+                    self.home.root.mkdir(parents=True, exist_ok=True)
+            metadata.create_all(self.engine)
+            self._ready = True
+        return self.engine.connect()
+
+
+def _drop_dependents(experiments: dict[str, Any], stopped: str) -> None:
+    """Stop, too, what requires a stopped experiment: nobody could be in it any more."""
+    for name, raw in experiments.items():
+        if raw["state"] != "stopped" and any(need["experiment"] == stopped for need in raw.get("requires", ())):
+            raw["state"] = "stopped"
+            _drop_dependents(experiments, name)
+
+
+def _who(version: ConfigVersion | None) -> str:
+    return f"version {version.version} by {version.author}" if version else "no version"
+
+
+def _unreachable(error: Exception) -> StoreError:
+    return StoreError(f"the experiment store does not answer ({str(error).splitlines()[0]}); nothing was changed")
+
+
+def _version(row: Any) -> ConfigVersion:
+    created = row.created if row.created.tzinfo else row.created.replace(tzinfo=UTC)
+    return ConfigVersion(
+        version=row.version,
+        created=created,
+        author=row.author,
+        origin=row.origin,
+        note=row.note,
+        digest=row.digest,
+        document=json.loads(row.document),
+        diff=tuple(row.diff.splitlines()),
+    )
