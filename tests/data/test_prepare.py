@@ -155,3 +155,17 @@ def test_synthetic_data_is_the_same_for_the_same_seed(tmp_path, small):
         prepare_synthetic(home, small, holdout=0.1)
     for name in SCHEMAS:
         assert table(homes[0], name) == table(homes[1], name)
+
+
+def test_synthetic_stars_grow_with_the_appeal(home, small):
+    prepare_synthetic(home, small, holdout=0)
+    truth = Truth.load(home)
+    ratings = [row for row in table(home, "feedback") if row["type"] == "rating"]
+    stars = np.array([row["value"] for row in ratings])
+    appeal = truth.appeal(
+        np.array([row["user_id"] for row in ratings]),
+        np.array([row["item_id"] for row in ratings]),
+        np.array([row["timestamp"].timestamp() for row in ratings]),
+    )
+    assert set(stars) <= {1, 2, 3, 4, 5}
+    assert stars[appeal > 0.6].mean() > stars[appeal < 0.3].mean() + 0.5

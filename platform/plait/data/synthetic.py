@@ -6,7 +6,8 @@ Users and items have taste vectors around genre centres; the probability of a cl
 
 (a position-based model: Craswell et al., WSDM 2008) with a seasonal drift per item. Users and items arrive over time;
 slates of 10 come from a logging policy that prefers popular items, whose propensities are logged. A click leads to a
-purchase, minutes to hours later, with probability sigmoid(-1 + u . i) / 2.
+purchase, minutes to hours later, with probability sigmoid(-1 + u . i) / 2. Of the examined items three in ten are
+rated with stars that grow with the click probability, clicked or not.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ SLATE = 10
 _GENRES = ("Action", "Comedy", "Drama", "Horror", "Romance", "Sci-Fi", "Thriller", "War")
 _JOBS = ("artist", "engineer", "farmer", "lawyer", "student", "writer")
 _DIM = 6
+_RATED_SHARE = 0.3
 _START = datetime(2024, 1, 1, tzinfo=UTC)
 
 
@@ -187,7 +189,15 @@ def _write_requests(
     match = np.einsum("ij,ij->i", truth.users[flat["user_id"][index] - 1], truth.items[flat["item_id"][index] - 1])
     bought = rng.random(index.size) < 0.5 / (1 + np.exp(1 - match))
     buy_s = click_s[bought] + rng.exponential(3_600.0, size=int(bought.sum()))
-    for kind, rows, times in (("click", index, click_s), ("purchase", index[bought], buy_s)):
+    examined = position.ravel().astype(float) ** -spec.position_bias
+    rated = np.flatnonzero(rng.random(examined.size) < _RATED_SHARE * examined)
+    stars = np.clip(np.rint(1 + 4 * (probability.ravel() / examined)[rated] + rng.normal(0, 0.7, rated.size)), 1, 5)
+    rate_s = flat_seconds[rated] + rng.exponential(60.0, size=rated.size)
+    for kind, rows, times, value in (
+        ("click", index, click_s, pa.nulls(index.size, pa.float64())),
+        ("purchase", index[bought], buy_s, pa.nulls(buy_s.size, pa.float64())),
+        ("rating", rated, rate_s, pa.array(stars)),
+    ):
         stamp = _micros(times)
         identity = [f"{kind}-{start * SLATE + row}" for row in rows]
         writer.write(
@@ -195,7 +205,7 @@ def _write_requests(
             pa.table(
                 {name: values[rows] for name, values in flat.items()}
                 | {"event_id": pa.array(identity, pa.string()), "timestamp": stamp, "created": stamp}
-                | {"type": pa.repeat(pa.scalar(kind), len(rows))}
+                | {"type": pa.repeat(pa.scalar(kind), len(rows)), "value": value}
             ),
         )
 
