@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-from feast.infra.online_stores.helpers import compute_table_id
+from feast.infra.online_stores.helpers import compute_versioned_name
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey as EntityKeyProto
 from feast.value_type import ValueType
 
@@ -58,9 +58,11 @@ class StoredView:
                 )
             keys.append((field.name, _KINDS[value_type]))
         ttl = getattr(view, "ttl", None)
+        versioned = config.registry.enable_online_feature_view_versioning
         return cls(
             name=view.name,
-            table=compute_table_id(config.project, view, config.registry.enable_online_feature_view_versioning),
+            # Feast's own "project_view" makes one table of a_b + c and a + b_c; a project's name never has a dot.
+            table=f"{config.project}.{compute_versioned_name(view, versioned)}",
             join_keys=tuple(keys),
             schema=RowSchema.of({field.name: field.dtype.to_value_type() for field in view.features}),
             ttl_us=ttl // timedelta(microseconds=1) if ttl else None,  # Feast: no ttl and 0 both mean for ever

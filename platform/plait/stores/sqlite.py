@@ -165,10 +165,6 @@ class PackedSQLiteOnlineStore(PackedOnlineStore):
             return project / home / Path(*plain.parts[1:])
         return project / plain
 
-    def disconnect(self) -> None:
-        """Close this thread's connection; it opens again when needed."""
-        self._local.__dict__.clear()
-
     @contextmanager
     def _transaction(self, config: RepoConfig) -> Iterator[sqlite3.Connection]:
         """All or nothing, one writer at a time."""

@@ -12,6 +12,7 @@ value read offline.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -268,8 +269,13 @@ def _retype(value: Any, stored: ValueType, wanted: ValueType) -> Any:
 
 
 def _renumber(value: Any, wanted: ValueType) -> Any:
-    if wanted in (ValueType.FLOAT, ValueType.DOUBLE):
+    if wanted is ValueType.DOUBLE:
         return float(value)
+    if wanted is ValueType.FLOAT:
+        try:
+            return struct.unpack("<f", struct.pack("<f", value))[0]
+        except OverflowError:
+            return None
     if isinstance(value, float) and not value.is_integer():  # also NaN and the infinities
         return None
     whole = int(value)
