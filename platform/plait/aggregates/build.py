@@ -1,0 +1,457 @@
+"""Build feature tables: whole, by the increment, or re-tiling just the keys that late files touch.
+
+Cost of an increment is that of the new events and of those that can still leave a window. Parts are written aside and
+renamed, the manifest last; a build that dies leaves the old table, or one that the next build puts right.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import ibis
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from plait.aggregates.events import ENTER, FULL, TIME, check_magnitudes, normalised, raw_events
+from plait.aggregates.manifest import (
+    BuildManifest,
+    FileStamps,
+    added,
+    read_manifest,
+    source_stamps,
+    stamps,
+    state_folder,
+    table_folder,
+    write_manifest,
+)
+from plait.aggregates.plan import Plan
+from plait.aggregates.spec import ATTRIBUTE_KEYS, AggregateSpec
+from plait.aggregates.tables import (
+    AT,
+    Base,
+    Span,
+    base_at_end,
+    changes,
+    feature_rows,
+    list_base_at_end,
+    seen_at_end,
+)
+from plait.errors import StoreError
+from plait.files import atomic_file, atomic_folder
+from plait.offline.engine import Engine, open_engine
+
+if TYPE_CHECKING:
+    import ibis.expr.types as ir
+
+    from plait.settings import Home
+
+TIMESTAMP = pa.timestamp("us", tz="UTC")
+# Rows sorted at once: about 100 bytes each, so that a shard fits the default memory limit several times over.
+SHARD_ROWS = 8_000_000
+MAX_PARTS = 32
+Mode = Literal["full", "increment", "retile", "current"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildReport:
+    """What a build did. retiled_keys: keys whose history late files changed."""
+
+    view: str
+    mode: Mode
+    rows: int
+    retiled_keys: int
+    seconds: float
+
+
+def build_view(
+    home: Home,
+    spec: AggregateSpec,
+    *,
+    until: datetime,
+    engine: str = "duckdb",
+    memory: str | None = None,
+    full: bool = False,
+    shard_rows: int = SHARD_ROWS,
+    on_shard: Callable[[int, int], None] = lambda done, total: None,
+) -> BuildReport:
+    """Bring the feature table of `spec` up to `until` (aware), which is normally the home's now.
+
+    on_shard: told how many of how many shards are written. Raises DataError for events that are missing, corrupt or
+    lack a column; StoreError if another build of the view runs. The table stays as it was then.
+    """
+    started = time.monotonic()
+    until_us = round(until.timestamp() * 1_000_000)
+    with _only_builder(home, spec.name), open_engine(engine, memory=memory) as running:
+        builder = _Builder(home, spec, running, until_us, shard_rows, on_shard)
+        mode, rows, retiled = builder.build(full)
+    return BuildReport(
+        view=spec.name, mode=mode, rows=rows, retiled_keys=retiled, seconds=time.monotonic() - started
+    )
+
+
+class _Builder:
+    def __init__(
+        self,
+        home: Home,
+        spec: AggregateSpec,
+        engine: Engine,
+        until_us: int,
+        shard_rows: int,
+        on_shard: Callable[[int, int], None],
+    ) -> None:
+        self.home, self.spec, self.plan, self.engine = home, spec, Plan(spec), engine
+        self.until_us, self.shard_rows, self.on_shard = until_us, shard_rows, on_shard
+        self.folder = table_folder(home, spec.name)
+        self.state = state_folder(home, spec.name)
+        self.keys = list(spec.keys)
+        self._schema: pa.Schema | None = None
+
+    def build(self, full: bool) -> tuple[Mode, int, int]:
+        sources = source_stamps(self.home, self.spec)
+        before = None if full else self._usable_manifest(sources)
+        if before is None:
+            return "full", self._full(sources), 0
+        new = [
+            self.home.events / self.spec.events.table / name
+            for name in added(before.sources[self.spec.events.table], sources[self.spec.events.table]) or []
+        ]
+        if before.until_us == self.until_us and sources == before.sources:
+            return "current", 0, 0
+        if self._attributes_reach_back(before, sources):
+            return "full", self._full(sources), 0
+        rows, retiled = self._extend(before, sources, new)
+        return ("retile" if retiled else "increment"), rows, retiled
+
+    def _usable_manifest(self, sources: dict[str, FileStamps]) -> BuildManifest | None:
+        """The manifest if the table can be extended from it, else None."""
+        before = read_manifest(self.home, self.spec.name)
+        if before is None or before.spec_hash != self.spec.hash or before.until_us > self.until_us:
+            return None
+        if any(added(before.sources[name], now) is None for name, now in sources.items()):
+            return None
+        present = stamps(self.folder)
+        if any(present.get(name) != stamp for name, stamp in before.parts.items()):
+            return None
+        for name in present.keys() - before.parts.keys():  # left by a build that died before its manifest
+            (self.folder / name).unlink()
+        return before
+
+    def _attributes_reach_back(self, before: BuildManifest, sources: dict[str, FileStamps]) -> bool:
+        """Whether new rows of items or users change what old events mean; then only a full build is right."""
+        for name in self.spec.events.attribute_tables:
+            new = added(before.sources[name], sources[name])
+            if not new:
+                continue
+            key = ATTRIBUTE_KEYS[name]
+            touched = self.engine.read_parquet([self.home.events / name / file for file in new])
+            events = self._raw().filter(ibis._[TIME] <= before.until_us)
+            if self.engine.count(events.semi_join(touched, key)):
+                return True
+        return False
+
+    # --- reading ---
+
+    def _raw(self, files: Sequence[Path] | None = None, *, from_us: int | None = None) -> ir.Table:
+        table = self.engine.read_parquet(files or self.home.events / self.spec.events.table)
+        if from_us is not None:
+            at = ibis.literal(_moment(from_us), "timestamp('UTC', 6)")
+            table = table.filter(table[self.spec.events.time] >= at)
+        return raw_events(self.engine, self.plan, table)
+
+    def _attributes(self) -> dict[str, ir.Table]:
+        return {
+            name: self.engine.read_parquet(self.home.events / name) for name in self.spec.events.attribute_tables
+        }
+
+    def _normalised(self, raw: ir.Table) -> ir.Table:
+        return normalised(self.engine, self.plan, raw, self._attributes())
+
+    def _has_late(self, events: ir.Table) -> bool:
+        """Only least and greatest care, and only within windows that end."""
+        if not self.spec.bounded_us or all(extreme.of is None for extreme in self.plan.extremes):
+            return False
+        return bool(self.engine.count(events.filter(events[ENTER] > events[FULL]).limit(1)))
+
+    # --- building ---
+
+    def _full(self, sources: dict[str, FileStamps]) -> int:
+        raw = self._raw()
+        check_magnitudes(self.engine, self.plan, raw)
+        shards = self._shards(raw)
+        span = Span(until=self.until_us)
+        name = _part_name(0, self.until_us)
+        with self._new_state() as state, atomic_folder(self.folder) as folder:
+            with self._writer(folder / name, raw) as writer:
+                for i, shard in enumerate(shards):
+                    events = self._normalised(shard)
+                    writer.write(feature_rows(self.plan, events, span, late=self._has_late(events)))
+                    state.add(events, span, None)
+                    self.on_shard(i + 1, len(shards))
+        self._commit(sources, state.token, writer.rows)
+        return writer.rows
+
+    def _extend(
+        self, before: BuildManifest, sources: dict[str, FileStamps], new_files: Sequence[Path]
+    ) -> tuple[int, int]:
+        since = before.until_us
+        raw = self._raw()
+        if new_files:
+            check_magnitudes(self.engine, self.plan, self._raw(new_files))
+        reach = self._reach(raw, since, new_files)
+        raw = self._raw(from_us=reach)
+        base = self._read_base(before)
+        touched, first_us = self._stragglers(new_files, since)
+        span = Span(since=since, until=self.until_us)
+        name = _part_name(since, self.until_us)
+        with self._new_state() as state:
+            if touched is None:
+                with atomic_file(self.folder / name) as aside, self._writer(aside, raw) as writer:
+                    events = self._normalised(raw)
+                    writer.write(feature_rows(self.plan, events, span, base=base, late=self._has_late(events)))
+                    state.add(events, span, base)
+                n_touched = 0
+            else:
+                n_touched = self.engine.count(touched)
+                writer = self._retile(before, raw, base, span, touched, first_us, state)
+        self._commit(sources, state.token, before.rows + writer.rows)
+        if len(stamps(self.folder)) > MAX_PARTS:
+            self._compact(sources, state.token)
+        return writer.rows, n_touched
+
+    def _reach(self, raw: ir.Table, since: int, new_files: Sequence[Path]) -> int:
+        """The earliest event time an increment must read: of events that can still leave, of events that are new
+        however old they claim to be, and of earlier copies of those."""
+        reach = since - self.plan.longest_us - self.spec.period_us
+        ids = list(self.spec.events.id)
+        fresh = raw.filter(raw["_known"] > since).select(*ids, TIME)
+        if new_files:
+            fresh = fresh.union(self._raw(new_files).select(*ids, TIME))
+        fresh = self.engine.keep(fresh)
+        earliest = fresh[TIME].min().execute()
+        copies = raw.semi_join(fresh, ids)[TIME].min().execute()
+        return min(reach, *(int(value) for value in (earliest, copies) if not _missing(value)))
+
+    def _stragglers(self, new_files: Sequence[Path], since: int) -> tuple[ir.Table | None, int]:
+        """Keys for which new files hold events that should have counted already, and from when; None if none do."""
+        if not new_files:
+            return None, 0
+        events = self._normalised(self._raw(new_files))
+        behind = events.filter(events[ENTER] <= since)
+        first = behind[ENTER].min().execute()
+        if _missing(first):
+            return None, 0
+        return self.engine.keep(behind.select(*self.keys).distinct()), int(first)
+
+    def _retile(
+        self,
+        before: BuildManifest,
+        raw: ir.Table,
+        base: Base,
+        span: Span,
+        touched: ir.Table,
+        first_us: int,
+        state: _StateWriter,
+    ) -> _TableWriter:
+        """Extend all keys but the touched; compute those anew and put their rows into the parts they belong to."""
+        others = self._normalised(raw).anti_join(touched, self.keys)
+        base = Base(
+            sums=base.sums.anti_join(touched, self.keys),
+            seen=tuple(seen.anti_join(touched, self.keys) for seen in base.seen),
+        )
+        again = self._normalised(self._raw()).semi_join(touched, self.keys)
+        whole = Span(until=span.until)
+        late = self._has_late(again)
+        anew = self.engine.keep(
+            feature_rows(self.plan, again, whole, late=late).filter(ibis._[AT] >= first_us)
+        )
+        with atomic_folder(self.folder) as folder:
+            for name in before.parts:
+                start, end = _part_span(name)
+                if end < first_us:
+                    os.link(self.folder / name, folder / name)
+                    continue
+                part = self.engine.read_parquet([self.folder / name])
+                at = ibis.literal(_moment(first_us), "timestamp('UTC', 6)")
+                stays = part.filter(part["event_timestamp"] < at).union(
+                    part.filter(part["event_timestamp"] >= at).anti_join(touched, self.keys)
+                )
+                with self._writer(folder / name, raw) as rewritten:
+                    rewritten.write_rows(stays)
+                    rewritten.write(anew.filter((anew[AT] > start) & (anew[AT] <= end)))
+            with self._writer(folder / _part_name(span.since, span.until), raw) as writer:
+                writer.write(feature_rows(self.plan, others, span, base=base, late=self._has_late(others)))
+                writer.write(anew.filter(anew[AT] > span.since))
+        state.add(others, span, base)
+        state.add(again, whole, None)
+        return writer
+
+    def _compact(self, sources: dict[str, FileStamps], token: str) -> None:
+        """Many small parts become one; the rows stay the same."""
+        names = sorted(stamps(self.folder), key=_part_span)
+        joined = _part_name(_part_span(names[0])[0], _part_span(names[-1])[1])
+        rows = 0
+        with atomic_folder(self.folder) as folder:
+            with pq.ParquetWriter(folder / joined, pq.read_schema(self.folder / names[0])) as writer:
+                for name in names:
+                    for batch in pq.ParquetFile(self.folder / name).iter_batches():
+                        writer.write_batch(batch)
+                        rows += batch.num_rows
+        self._commit(sources, token, rows)
+
+    def _shards(self, raw: ir.Table) -> list[ir.Table]:
+        """The events in pieces that share no key, each small enough to sort in memory."""
+        listed = any(reference.startswith("items.") for reference in self.spec.events.attributes.values())
+        per_event = (1 + len(self.spec.bounded_us) + 2 * len(self.plan.distincts)) * (3 if listed else 1)
+        key = next((key for key in self.keys if key in raw.columns and raw[key].type().is_integer()), None)
+        if key is None or self.engine.name != "duckdb":
+            return [raw]
+        n = max(1, math.ceil(self.engine.count(raw) * per_event / self.shard_rows))
+        return [raw.filter((raw[key] % n + n) % n == i) for i in range(n)] if n > 1 else [raw]
+
+    # --- writing ---
+
+    @contextmanager
+    def _writer(self, path: Path, raw: ir.Table) -> Iterator[_TableWriter]:
+        if self._schema is None:
+            events = self._normalised(raw)
+            rows = feature_rows(self.plan, events, Span(until=self.until_us), late=False).schema().to_pyarrow()
+            stamped = [("event_timestamp", TIMESTAMP), ("created", TIMESTAMP)]
+            values = [(name, rows.field(name).type) for name in self.spec.columns]
+            self._schema = pa.schema([*((key, rows.field(key).type) for key in self.keys), *stamped, *values])
+        writer = _TableWriter(path, self._schema, self.engine)
+        try:
+            yield writer
+        finally:
+            writer.close()
+
+    @contextmanager
+    def _new_state(self) -> Iterator[_StateWriter]:
+        """A state that is kept if the block ends well; the manifest's commit drops the one before."""
+        self.state.mkdir(parents=True, exist_ok=True)
+        token = uuid.uuid4().hex[:12]
+        folder = self.state / token
+        try:
+            state = _StateWriter(self.plan, self.engine, folder, token)
+            yield state
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def _read_base(self, before: BuildManifest) -> Base:
+        folder = self.state / before.state
+        seen = [self.engine.read_parquet(folder / f"seen{i}") for i in range(len(self.plan.distincts))]
+        return Base(sums=self.engine.read_parquet(folder / "sums"), seen=tuple(seen))
+
+    def _commit(self, sources: dict[str, FileStamps], token: str, rows: int) -> None:
+        write_manifest(
+            self.home,
+            self.spec.name,
+            BuildManifest(
+                spec_hash=self.spec.hash,
+                until_us=self.until_us,
+                sources=sources,
+                parts=stamps(self.folder),
+                state=token,
+                rows=rows,
+            ),
+        )
+        for folder in self.state.iterdir():
+            if folder.is_dir() and folder.name != token:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+class _TableWriter:
+    """Streams rows into one parquet part, in the feature table's schema."""
+
+    def __init__(self, path: Path, schema: pa.Schema, engine: Engine) -> None:
+        self.schema, self.engine, self.rows = schema, engine, 0
+        self._file = pq.ParquetWriter(path, schema, compression="zstd")
+
+    def write(self, rows: ir.Table) -> None:
+        """Rows as `feature_rows` makes them; a row is known from the moment it is about."""
+        for batch in self.engine.batches(rows):
+            at = batch.column(AT).cast(TIMESTAMP)
+            given = ("event_timestamp", "created")
+            columns = [at if field.name in given else batch.column(field.name) for field in self.schema]
+            self._write(pa.RecordBatch.from_arrays(columns, schema=self.schema))
+
+    def write_rows(self, rows: ir.Table) -> None:
+        """Rows that are the table's already."""
+        for batch in self.engine.batches(rows.select(*self.schema.names)):
+            columns = [batch.column(field.name).cast(field.type) for field in self.schema]
+            self._write(pa.RecordBatch.from_arrays(columns, schema=self.schema))
+
+    def _write(self, batch: pa.RecordBatch) -> None:
+        self._file.write_batch(batch)
+        self.rows += batch.num_rows
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _StateWriter:
+    """The folder from which the next increment starts: `sums/` and `seen<i>/`, a part per call of `add`."""
+
+    def __init__(self, plan: Plan, engine: Engine, folder: Path, token: str) -> None:
+        self.plan, self.engine, self.folder, self.token = plan, engine, folder, token
+        self._n = 0
+
+    def add(self, events: ir.Table, span: Span, base: Base | None) -> None:
+        if self.plan.lists:
+            self._write("sums", list_base_at_end(self.plan, events, span, base))
+        else:
+            self._write("sums", base_at_end(self.plan, changes(self.plan, events, span, base)))
+        for i, seen in enumerate(seen_at_end(self.plan, events, span, base)):
+            self._write(f"seen{i}", seen)
+        self._n += 1
+
+    def _write(self, name: str, table: ir.Table) -> None:
+        path = self.folder / name / f"{self._n}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        schema = pa.schema([field.with_nullable(True) for field in table.schema().to_pyarrow()])
+        with pq.ParquetWriter(path, schema, compression="zstd") as file:
+            for batch in self.engine.batches(table):
+                file.write_batch(pa.RecordBatch.from_arrays(batch.columns, schema=schema))
+
+
+@contextmanager
+def _only_builder(home: Home, view: str) -> Iterator[None]:
+    folder = state_folder(home, view)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StoreError(f"another `plait features build` is working on {view}; wait for it to end") from error
+        yield
+
+
+def _moment(us: int) -> datetime:
+    """A python datetime, cut to the years that python knows."""
+    least, greatest = -62_135_596_800_000_000, 253_402_300_799_999_999
+    return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=max(least, min(us, greatest)))
+
+
+def _missing(value: object) -> bool:
+    return value is None or value != value
+
+
+def _part_name(since: int, until: int) -> str:
+    return f"{since}-{until}.parquet"
+
+
+def _part_span(name: str) -> tuple[int, int]:
+    """(since, until] in us of a part, from its name."""
+    since, _, until = name.removesuffix(".parquet").partition("-")
+    return int(since), int(until)
