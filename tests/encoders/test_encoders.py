@@ -229,7 +229,9 @@ def random_rows(n: int, seed: int) -> pa.Table:
                 pa.list_(pa.int64()),
             ),
             "item_id": pa.array(rng.integers(0, 40, n)),
-            "genres": pa.array([rng.choice(genres, rng.integers(0, 3)).tolist() for _ in range(n)], pa.list_(pa.string())),
+            "genres": pa.array(
+                [rng.choice(genres, rng.integers(0, 3)).tolist() for _ in range(n)], pa.list_(pa.string())
+            ),
             "genre": pa.array(rng.choice(genres, n).tolist(), pa.string()),
             "rate": pa.array(rng.normal(size=n), mask=rng.random(n) < 0.2),
             "seen": pa.array(rng.random(n) < 0.5),
