@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments.store import ConfigStore, LiveConfig
@@ -19,7 +20,7 @@ from serving.metrics import Metrics
 from serving.parts import Loader, ServingModel, SnapshotLike, VersionLike
 from serving.pipeline import Predictor
 from serving.pool import ModelPool
-from serving.scenes import Scene, load_scenes
+from serving.scenes import DEFAULT_FILE, Scene, load_scenes
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -32,7 +33,7 @@ def build_parts(home: Home, *, label: str = "serve", n_reads: int = 8) -> Parts:
 
     Raises PlaitError with what to do if the feature store, the registry or the configuration is not there.
     """
-    scenes = load_scenes()
+    scenes = load_scenes(scenes_file(home))
     clock = Clock.of(home)
     metrics = Metrics()
     store = open_store(home)
@@ -55,6 +56,12 @@ def build_parts(home: Home, *, label: str = "serve", n_reads: int = 8) -> Parts:
         info={"project": home.project.name, "clock": "replays the data's time" if clock.replaying else "wall"},
         on_close=(pool.close, live.close, predictor.close, log.close),
     )
+
+
+def scenes_file(home: Home) -> Path:
+    """The project's own serving/scenes.yaml, else the one Plait ships."""
+    own = home.project / "serving" / "scenes.yaml"
+    return own if own.exists() else DEFAULT_FILE
 
 
 def model_loader(store: FeatureStore) -> Loader:

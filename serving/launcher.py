@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import logging
 import os
 import shutil
@@ -35,26 +36,10 @@ def serve_forever(
     check_ready_to_serve(home)
     port = claim_port(host, port)
     go_lean()
-    with _metrics_folder():
-        say("loading Feast and onnxruntime …")
-        from granian.constants import Interfaces
-        from granian.log import LogLevels
-        from granian.server import Server
-
-        import serving.build  # noqa: F401  imported once, before the fork: workers share its pages
-
-        server = Server(
-            "plait",
-            address=host,
-            port=port,
-            interface=Interfaces.WSGI,
-            workers=workers,
-            blocking_threads=threads,
-            websockets=False,
-            log_level=LogLevels.warning,
-            respawn_failed_workers=True,
-            workers_kill_timeout=GRACE_S,
-        )
+    say("loading Feast and onnxruntime …")
+    # Before prometheus_client is first imported: it looks for the folder then.
+    with metrics_folder():
+        importlib.import_module("serving.build")  # once, before the fork: the workers share its pages
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         say(f"{workers} worker{'s' if workers > 1 else ''} on {url}")
         for path, what in (
@@ -64,7 +49,28 @@ def serve_forever(
         ):
             say(f"  {url}{path:<14} {what}")
         loader = partial(load_worker, home=home, threads=threads, access_log=access_log)
-        server.serve(target_loader=loader, wrap_loader=False)
+        run_workers(loader, host=host, port=port, workers=workers, threads=threads)
+
+
+def run_workers(load: Callable[[], Any], *, host: str, port: int, workers: int, threads: int) -> None:
+    """Granian with `workers` processes; each calls `load` for its WSGI application. Returns after a signal's drain."""
+    from granian.constants import Interfaces
+    from granian.log import LogLevels
+    from granian.server import Server
+
+    server = Server(
+        "plait",
+        address=host,
+        port=port,
+        interface=Interfaces.WSGI,
+        workers=workers,
+        blocking_threads=threads,
+        websockets=False,
+        log_level=LogLevels.warning,
+        respawn_failed_workers=True,
+        workers_kill_timeout=GRACE_S,
+    )
+    server.serve(target_loader=load, wrap_loader=False)
 
 
 def load_worker(*, home: Home, threads: int, access_log: bool) -> Any:
@@ -133,7 +139,7 @@ def _has_rows(database: Path, table: str) -> bool:
 
 
 @contextmanager
-def _metrics_folder() -> Iterator[None]:
+def metrics_folder() -> Iterator[None]:
     """A fresh folder in which the workers of this server add up their metrics; it goes when the server does."""
     folder = tempfile.mkdtemp(prefix="plait-metrics-")
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
