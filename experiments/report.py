@@ -7,22 +7,31 @@ it. How each number is computed, and where it comes from, is in docs/statistics.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-import duckdb
-
-from experiments.metrics import MetricSet, load_metrics
-from experiments.report_analysis import analyse, request_columns
+from experiments.metrics import MetricSet
+from experiments.report_analysis import Handle, add_feature_covariates, analyse, request_columns
 from experiments.report_conclusion import blocked_by, conclude
+from experiments.report_depth import (
+    aa_splits,
+    daily_units,
+    interactions,
+    other_experiments,
+    segment_tables,
+    segments,
+    series,
+    trends,
+)
 from experiments.report_model import Conclusion, MetricResult, Report
-from experiments.report_plan import Plan, chosen_metrics, plan_from_log, with_overrides
-from experiments.report_query import DAY_US, UnitTables, define_view, micros
+from experiments.report_plan import Plan, chosen_metrics, with_overrides
+from experiments.report_query import DAY_US, UnitTables, micros
+from experiments.report_source import find_plan, project_metrics
 from experiments.stats.checks import SampleRatio, adjust, sample_ratio
 from plait.clock import Clock
-from plait.errors import SpecError, UnknownNameError
+from plait.errors import SpecError
 from plait.settings import Home
 
 
@@ -39,17 +48,19 @@ def build_report(
     triggered: bool = False,
     despite_mismatch: bool = False,
     depth: bool = True,
-    memory: str = "1200MB",
+    aa: int = 0,
+    memory: str = "1000MB",
     threads: int = 2,
 ) -> Report:
     """The report of one experiment over the home's event tables.
 
     since, until: aware; exposures from `since` on (default: all), everything known before `until` (default: now).
     triggered: only units that an exposure marks counterfactual. despite_mismatch: compute effects even where the
-    sample ratio blocks them. depth: with daily series, segments and interactions.
+    sample ratio blocks them. depth: with daily series, segments and interactions. aa: random splits of the control
+    arm, to check each metric's variance.
     Raises UnknownNameError for an experiment that is neither configured nor logged.
     """
-    metrics = metrics or load_metrics()
+    metrics = metrics or project_metrics(home)
     clock = Clock.of(home)
     until = until or clock.now()
     if since is not None and since >= until:
@@ -62,7 +73,7 @@ def build_report(
             scratch=Path(scratch),
         )  # fmt: skip
         try:
-            return _report(home, tables, metrics, since, until, clock.now(), despite_mismatch, depth)
+            return _report(home, tables, metrics, since, clock.now(), despite_mismatch, depth, aa)
         finally:
             tables.close()
 
@@ -72,12 +83,12 @@ def _report(
     tables: UnitTables,
     metrics: MetricSet,
     since: datetime | None,
-    until: datetime,
     created: datetime,
     despite_mismatch: bool,
     depth: bool,
+    n_splits: int,
 ) -> Report:
-    plan, counts, analysis = tables.plan, tables.counts, metrics.analysis
+    plan, counts, analysis, until = tables.plan, tables.counts, metrics.analysis, tables.until
     ratio = sample_ratio(
         counts.units, plan.expected_counts(counts.by_version) if tables.n_units else dict.fromkeys(plan.arms, 1.0),
         threshold=analysis.srm_threshold,
@@ -85,10 +96,22 @@ def _report(
     warnings = list(plan.notes) + _warnings(tables, ratio)
     conclusion = blocked_by(plan, counts, ratio)
     results: list[MetricResult] = []
+    checks = None
     if conclusion is None or (despite_mismatch and ratio.mismatch):
         handles = request_columns(tables, metrics.metrics, micros(until))
+        add_feature_covariates(home, tables, handles)
         results = [analyse(tables, handle, analysis) for handle in handles]
-        results = correct(results, {metric.name for metric in metrics.primaries})
+        primaries = {metric.name for metric in metrics.primaries}
+        results = correct(results, primaries)
+        if depth:
+            results, complaints = deepen(home, tables, handles, results, metrics, primaries)
+            warnings += complaints
+        if n_splits:
+            checks = {
+                handle.metric.name: aa_splits(tables, handle, analysis, n_splits=n_splits)
+                for handle in handles
+                if handle.metric.type != "quantile"
+            }
         warnings += _late_warnings(results)
     first = micros(counts.first) if counts.first else micros(until)
     days = (micros(until) - first) / DAY_US
@@ -104,7 +127,40 @@ def _report(
         warnings=tuple(warnings),
         metrics=tuple(results),
         conclusion=final,
+        aa=checks,
+        daily_units=tuple(daily_units(tables)),
     )
+
+
+def deepen(
+    home: Home,
+    tables: UnitTables,
+    handles: Sequence[Handle],
+    results: Sequence[MetricResult],
+    metrics: MetricSet,
+    primaries: set[str],
+) -> tuple[list[MetricResult], list[str]]:
+    """The results with series and trends, the primary ones also with segments and interactions; and complaints."""
+    analysis = metrics.analysis
+    attributes, complaints = segment_tables(tables, home.events, analysis.segments)
+    others = other_experiments(tables)
+    answer = []
+    for handle, result in zip(handles, results, strict=True):
+        # A metric that waits for complete windows, or is no sum over days, has no daily series.
+        if handle.metric.type != "quantile" and handle.until_first is None:
+            result = replace(
+                result,
+                series=tuple(series(tables, handle, analysis)),
+                trends=tuple(trends(tables, handle, analysis)),
+            )
+        if handle.metric.name in primaries and handle.metric.type != "quantile":
+            result = replace(
+                result,
+                segments=tuple(segments(tables, handle, analysis, attributes)),
+                interactions=tuple(interactions(tables, handle, others)),
+            )
+        answer.append(result)
+    return answer, complaints
 
 
 def correct(results: list[MetricResult], primaries: set[str]) -> list[MetricResult]:
@@ -133,23 +189,6 @@ def correct(results: list[MetricResult], primaries: set[str]) -> list[MetricResu
         )
         for result in results
     ]
-
-
-def find_plan(home: Home, experiment: str) -> Plan:
-    """The plan from the configuration store, or from the log where the store does not know the experiment."""
-    with duckdb.connect() as db:
-        define_view(db, home.events, "exposures")
-        seen = db.execute(
-            "SELECT experiment, layer, unit_kind, list(DISTINCT arm ORDER BY arm), count(*) AS n FROM exposures "
-            "GROUP BY ALL ORDER BY n DESC"
-        ).fetchall()
-    known = {row[0] for row in seen}
-    if experiment not in known:
-        raise UnknownNameError("experiment", experiment, known, where="the exposure log")
-    _, layer, unit_kind, arms, _ = next(row for row in seen if row[0] == experiment)
-    if len(arms) < 2:
-        raise SpecError(f"experiment {experiment!r}: the log holds one arm only, {arms[0]!r}; nothing can be compared")
-    return plan_from_log(experiment, layer=layer, unit_kind=unit_kind, arms=tuple(arms))
 
 
 def _warnings(tables: UnitTables, ratio: SampleRatio) -> list[str]:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
+import numpy as np
+import pyarrow as pa
 from scipy import optimize, stats
 
 from experiments.metrics import Analysis, Column, Metric
@@ -36,6 +38,8 @@ from experiments.stats.sequential import (
     mixture_rho_squared,
     sequence_multiplier,
 )
+from plait.errors import SpecError, UnknownNameError
+from plait.settings import Home
 
 RARE = 10  # events in an arm below which a share is judged by score intervals
 
@@ -108,6 +112,50 @@ def request_columns(tables: UnitTables, metrics: Sequence[Metric], until_us: int
     return handles
 
 
+def add_feature_covariates(home: Home, tables: UnitTables, handles: Sequence[Handle]) -> None:
+    """Join the covariates that metrics take from the feature store: a feature of the user as of its first exposure.
+
+    The read is Feast's point-in-time one, so a feature that the arm may have moved can never get in. Raises SpecError
+    if units are not users, the service or feature does not exist, or the feature is not the user's own and numeric.
+    """
+    wanted = [
+        (handle, handle.metric.covariate)
+        for handle in handles
+        if handle.metric.covariate is not None and handle.metric.covariate.feature is not None
+    ]
+    if not wanted or tables.n_units == 0:
+        return
+    if tables.plan.unit_kind != "user":
+        raise SpecError(f"CUPED by a feature needs user units; {tables.plan.experiment} has {tables.plan.unit_kind}")
+    from plait.service import open_store, resolve_service
+
+    store = open_store(home)
+    units = tables.db.execute("SELECT key AS user_id, make_timestamptz(first) AS event_timestamp FROM units").df()
+    for i, (handle, covariate) in enumerate(wanted):
+        assert covariate.feature_service and covariate.feature
+        service = resolve_service(store, covariate.feature_service)
+        features = {feature.name: feature for feature in service.features}
+        views = {view.name: view for view in service.views}
+        if covariate.feature not in features:
+            raise UnknownNameError("feature", covariate.feature, features, where=f"{handle.metric.name}: cuped")
+        feature = features[covariate.feature]
+        view = views.get(feature.view)
+        number = pa.types.is_integer(feature.dtype) or pa.types.is_floating(feature.dtype)
+        if view is None or view.join_keys != ("user_id",) or not number:
+            raise SpecError(
+                f"{handle.metric.name}: cuped feature {feature.name!r} of view {feature.view!r} ({feature.dtype}) cannot "
+                "be a covariate; take a number from a stored view whose only join key is user_id"
+            )
+        joined = store.get_historical_features(units, features=[f"{feature.view}:{feature.name}"]).to_df()
+        values = joined[feature.name].astype("float64")
+        # Units without a value get the mean of the others, which moves no arm against another.
+        values = values.where(np.isfinite(values))
+        values = values.fillna(values.mean() if values.notna().any() else 0.0)
+        name = f"f{i}"
+        tables.add_covariate(name, pa.table({"key": joined["user_id"].to_numpy(), "value": values.to_numpy()}))
+        handle.before = name
+
+
 def _history(column: Column) -> Column:
     """The same events without the window, which counts from exposure on."""
     return replace(column, start=timedelta(0), end=None)
@@ -119,9 +167,8 @@ def _set_cap(tables: UnitTables, handle: Handle) -> None:
     low = tables.quantile(handle.numerator, low_q) if low_q > 0 else -math.inf
     high = tables.quantile(handle.numerator, high_q)
     if not math.isfinite(high) or high <= max(low, 0.0):
-        handle.notes.append(
-            f"not winsorised: fewer than {1 - high_q:.2%} of the units have any value, the cap would be 0"
-        )
+        share = f"{1 - high_q:.2%}"
+        handle.notes.append(f"not winsorised: fewer than {share} of the units have any value, the cap would be 0")
         return
     handle.cap = (low if math.isfinite(low) else -1e300, high)
     handle.notes.append(f"units' values are capped at {high:g}, their {high_q:.1%} quantile over all arms")

@@ -32,6 +32,9 @@ from plait.errors import SpecError
 @click.option("--weights", help="The planned split, where the configuration does not tell: a=1,b=1.")
 @click.option("--triggered", is_flag=True, help="Only units whose exposure is marked counterfactual.")
 @click.option("--despite-mismatch", is_flag=True, help="Show effects though the sample ratio blocks them.")
+@click.option(
+    "--aa", type=int, default=0, help="Also split the control arm at random this often, to check each metric."
+)
 @click.option("--format", "form", type=click.Choice(["text", "json", "html"]), default="text", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write there instead of to the terminal.")
 def report(
@@ -44,6 +47,7 @@ def report(
     weights: str | None,
     triggered: bool,
     despite_mismatch: bool,
+    aa: int,
     form: str,
     out: Path | None,
 ) -> None:
@@ -53,8 +57,9 @@ def report(
     """
     from dataclasses import replace
 
-    from experiments.metrics import Decision, load_metrics
+    from experiments.metrics import Decision
     from experiments.report import build_report
+    from experiments.report_source import project_metrics
     from plait.clock import Clock
     from plait.eventlog import roll
     from plait.files import write_atomically
@@ -63,7 +68,7 @@ def report(
     home = find_home()
     roll(home)
     now = Clock.of(home).now()
-    metrics = load_metrics(metrics_file)
+    metrics = project_metrics(home, metrics_file)
     if decision:
         metrics = replace(metrics, analysis=replace(metrics.analysis, decision=cast(Decision, decision)))
     result = build_report(
@@ -76,6 +81,7 @@ def report(
         weights=parse_weights(weights),
         triggered=triggered,
         despite_mismatch=despite_mismatch,
+        aa=aa,
     )
     text = render(result, form)
     if out is None:

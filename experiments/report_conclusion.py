@@ -220,9 +220,9 @@ def lift_text(value: float) -> str:
     """A relative effect with its sign.
 
     >>> lift_text(0.0213)
-    '+2.13 %'
+    '+2.13%'
     """
-    return f"{value:+.2%}".replace("%", " %") if math.isfinite(value) else "not defined"
+    return f"{value:+.2%}" if math.isfinite(value) else "not defined"
 
 
 def p_text(value: float) -> str:

@@ -77,7 +77,7 @@ class UnitTables:
         self.db.execute(f"SET memory_limit = '{memory}'; SET threads = {threads}; SET preserve_insertion_order = false")
         self.db.execute("SET TimeZone = 'UTC'")
         if scratch:
-            self.db.execute(f"SET temp_directory = {_quote(str(scratch))}")
+            self.db.execute(f"SET temp_directory = {quote(str(scratch))}")
         for table in ("exposures", "feedback", "impressions"):
             define_view(self.db, events, table)
         self.counts = self._build_units()
@@ -89,7 +89,7 @@ class UnitTables:
 
     def _build_units(self) -> UnitCounts:
         plan, db = self.plan, self.db
-        index = " ".join(f"WHEN {_quote(arm)} THEN {1 << i}" for i, arm in enumerate(plan.arms))
+        index = " ".join(f"WHEN {quote(arm)} THEN {1 << i}" for i, arm in enumerate(plan.arms))
         key = "TRY_CAST(unit AS BIGINT)" if plan.unit_kind == "user" else "unit"
         window = f"timestamp < make_timestamptz({self._until})"
         if self.since:
@@ -103,9 +103,9 @@ class UnitTables:
                    epoch_us(min(timestamp)) AS first,
                    min(config_version) AS version,
                    count(*)::UINTEGER AS n,
-                   count(*) FILTER (arm NOT IN ({", ".join(map(_quote, plan.arms))}))::UINTEGER AS n_unknown
+                   count(*) FILTER (arm NOT IN ({", ".join(map(quote, plan.arms))}))::UINTEGER AS n_unknown
             FROM exposures
-            WHERE experiment = {_quote(plan.experiment)} AND unit_kind = {_quote(plan.unit_kind)} AND {window}
+            WHERE experiment = {quote(plan.experiment)} AND unit_kind = {quote(plan.unit_kind)} AND {window}
             GROUP BY 1""")
         picked = "key IS NOT NULL AND NOT forced AND bit_count(arms) = 1"
         picked += " AND counterfactual" if self.triggered else ""
@@ -204,7 +204,7 @@ class UnitTables:
         # Events carry no other id than user and request: theirs is found by the request that was exposed.
         return f"""SELECT r.key, e.* FROM (SELECT {base} WHERE {window}) e
                    JOIN (SELECT DISTINCT request_id, unit AS key FROM exposures
-                         WHERE unit_kind = {_quote(self.plan.unit_kind)}) r USING (request_id)"""
+                         WHERE unit_kind = {quote(self.plan.unit_kind)}) r USING (request_id)"""
 
     def _aggregate(self, source: str, columns: Sequence[UnitColumn]) -> str:
         conditions = [self._condition(column) for column in columns]
@@ -226,7 +226,7 @@ class UnitTables:
         column = wanted.column
         tests = [condition.sql() for condition in column.where]
         if column.source == "feedback" and column.event is not None:
-            tests.append(f"type = {_quote(column.event)}")
+            tests.append(f"type = {quote(column.event)}")
         if column.aggregate == "sum":
             tests.append("isfinite(value)")
         if wanted.before_days is not None:
@@ -245,8 +245,8 @@ class UnitTables:
         """
         assert metric.ranking is not None
         ranking, k = metric.ranking, metric.ranking.k
-        gain = " ".join(f"WHEN {_quote(event)} THEN {value!r}" for event, value in ranking.gains)
-        types = ", ".join(_quote(event) for event, _ in ranking.gains)
+        gain = " ".join(f"WHEN {quote(event)} THEN {value!r}" for event, value in ranking.gains)
+        types = ", ".join(quote(event) for event, _ in ranking.gains)
         late = "" if metric.window is None else f"AND ts < u.first + {_span(metric.window)}"
         measures = {
             "ndcg": f"""CASE WHEN sum(gain / log2(ideal + 1)) FILTER (ideal <= {k}) > 0
@@ -380,7 +380,7 @@ def define_view(db: duckdb.DuckDBPyConnection, events: Path, table: str) -> None
 
     schema = {"exposures": EXPOSURES, "feedback": FEEDBACK, "impressions": IMPRESSIONS}[table]
     if any((events / table).glob("*.parquet")):
-        pattern = _quote(str(events / table / "*.parquet"))
+        pattern = quote(str(events / table / "*.parquet"))
         present = {row[0] for row in db.execute(f"DESCRIBE SELECT * FROM read_parquet({pattern})").fetchall()}
         if missing := [name for name in schema.names if name not in present and name not in ("features", "created")]:
             raise DataError(f"{events / table} has no column {missing[0]!r}; it holds {', '.join(sorted(present))}")
@@ -423,5 +423,6 @@ def _moment(us: int | None) -> datetime | None:
     return None if us is None else datetime.fromtimestamp(0, tz=UTC) + timedelta(microseconds=us)
 
 
-def _quote(text: str) -> str:
+def quote(text: str) -> str:
+    """The text as a literal of SQL."""
     return "'" + text.replace("'", "''") + "'"

@@ -42,7 +42,7 @@ def as_text(report: Report) -> str:
     if report.warnings:
         lines += ["", "Warnings", *_bullets(report.warnings)]
     rule = {
-        "sequential": f"confidence sequence, valid at every look, tightest at {report.analysis.tuning_units:,.0f} units",
+        "sequential": f"confidence sequence, valid at every look (tightest at {report.analysis.tuning_units:,.0f})",
         "fixed": "one look at the end; looking earlier and stopping inflates the error",
         "group_sequential": f"{report.analysis.looks} planned looks, {report.analysis.spending} spending",
     }[report.analysis.decision]
@@ -87,8 +87,8 @@ def _metric(result: MetricResult, report: Report) -> list[str]:
             )
         if math.isfinite(comparison.mde):
             lines.append(
-                f"  {comparison.arm}: finds {lift_text(comparison.mde)} now with a power of "
-                f"{report.analysis.power:.0%}; {lift_text(metric.min_effect)} needs {number_text(comparison.units_needed, whole=True)} units"
+                f"  {comparison.arm}: finds {lift_text(comparison.mde)} now with a power of {report.analysis.power:.0%}; "
+                f"{lift_text(metric.min_effect)} needs {number_text(comparison.units_needed, whole=True)} units"
             )
     for trend in result.trends:
         lines.append(

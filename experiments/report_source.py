@@ -1,0 +1,106 @@
+"""Where a report's plan and metrics come from: the configuration store, else the log alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import duckdb
+
+from experiments.metrics import DEFAULT_METRICS, MetricSet, load_metrics
+from experiments.report_plan import Plan, plan_from_log
+from experiments.report_query import define_view, quote
+from plait.errors import SpecError, UnknownNameError
+from plait.settings import Home
+
+
+def project_metrics(home: Home, path: Path | None = None) -> MetricSet:
+    """The metrics of `path`, else of the project's experiments/metrics.yaml, else those that come with the package."""
+    own = home.project / "experiments" / "metrics.yaml"
+    return load_metrics(path or (own if own.is_file() else DEFAULT_METRICS))
+
+
+def find_plan(home: Home, experiment: str) -> Plan:
+    """The plan of `experiment`: declared in the configuration store, or reconstructed from the log.
+
+    Raises UnknownNameError, with a suggestion, if neither knows it.
+    """
+    with duckdb.connect() as db:
+        define_view(db, home.events, "exposures")
+        versions = [
+            row[0]
+            for row in db.execute(
+                f"SELECT DISTINCT config_version FROM exposures WHERE experiment = {quote(experiment)} ORDER BY 1"
+            ).fetchall()
+        ]
+        plan = _declared(home, experiment, [version for version in versions if version is not None])
+        if plan is not None:
+            return plan
+        if not versions:
+            logged = {row[0] for row in db.execute("SELECT DISTINCT experiment FROM exposures").fetchall()}
+            known = logged | _declared_names(home)
+            raise UnknownNameError("experiment", experiment, known, where="the log and the configuration")
+        row = db.execute(f"""
+            SELECT layer, unit_kind, list(DISTINCT arm ORDER BY arm) FROM exposures
+            WHERE experiment = {quote(experiment)} GROUP BY 1, 2 ORDER BY count(*) DESC LIMIT 1""").fetchone()
+    assert row is not None
+    layer, unit_kind, arms = row
+    if len(arms) < 2:
+        raise SpecError(f"experiment {experiment!r}: the log holds one arm only, {arms[0]!r}; nothing can be compared")
+    return plan_from_log(experiment, layer=layer, unit_kind=unit_kind, arms=tuple(arms))
+
+
+def _declared(home: Home, experiment: str, versions: list[int]) -> Plan | None:
+    """The plan over the configuration versions seen in the log and the live one; None if none declares it."""
+    from experiments.source import Source
+    from experiments.store import ConfigStore
+    from experiments.validate import load
+
+    if not home.plait_db.exists():
+        return None
+    store = ConfigStore.at(home)
+    try:
+        head = store.head()
+        if head is None:
+            return None
+        wanted = sorted({version for version in versions if version <= head.version} | {head.version})
+        declared = []
+        for version in wanted:
+            document = head.document if version == head.version else store.get(version).document
+            spec = load(Source(dict(document)))
+            if experiment in spec.experiments:
+                declared.append((version, spec.experiments[experiment], spec))
+    finally:
+        store.close()
+    if not declared:
+        return None
+    _, newest, spec = declared[-1]
+    names = list(dict.fromkeys(arm.name for _, one, _ in declared for arm in one.arms))
+    control = newest.control or newest.arms[0].name
+    weights: dict[int | None, dict[str, float]] = {
+        version: {arm.name: float(arm.parts) for arm in one.arms} for version, one, _ in declared
+    }
+    weights[None] = {arm.name: float(arm.parts) for arm in newest.arms}
+    return Plan(
+        experiment=experiment,
+        layer=newest.layer,
+        unit_kind=spec.layers[newest.layer].unit,
+        arms=(control, *(name for name in names if name != control)),
+        weights=weights,
+        state=newest.state,
+        metrics=newest.metrics,
+        primary=newest.primary,
+        guardrails=newest.guardrails,
+    )
+
+
+def _declared_names(home: Home) -> set[str]:
+    from experiments.store import ConfigStore
+
+    if not home.plait_db.exists():
+        return set()
+    store = ConfigStore.at(home)
+    try:
+        head = store.head()
+    finally:
+        store.close()
+    return set(head.document.get("experiments") or {}) if head else set()
