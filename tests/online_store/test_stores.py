@@ -1,5 +1,6 @@
 """What every online store of Plait does, on SQLite and on a real Redis alike."""
 
+import itertools
 import os
 import threading
 from datetime import UTC, datetime, timedelta
@@ -170,7 +171,7 @@ def test_timestamps_are_ordered_to_the_microsecond_over_their_whole_range(backen
         *(datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=us) for us in (2**31, 2**32 - 1, 2**32, 2**51)),
         datetime(2200, 1, 1, tzinfo=UTC),
     ]
-    for earlier, later in zip(moments, moments[1:], strict=False):
+    for earlier, later in itertools.pairwise(moments):
         user = [moments.index(earlier)]
         for event, value in ((later, 1), (earlier, 2)):
             table = stores.rows({"user_id": user, "x": [value]}, at=event)

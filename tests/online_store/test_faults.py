@@ -1,0 +1,261 @@
+"""Writers killed, stores gone: every row whole, every answered write kept, every failure one clear error."""
+
+import os
+import resource
+import signal
+import sqlite3
+import time
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from feast.infra.online_stores.helpers import get_online_store_from_config
+from feast.types import Int64, String
+
+from plait.errors import StoreError
+
+T0 = datetime(2024, 1, 1, tzinfo=UTC)
+NOW = T0 + timedelta(days=1)
+N_USERS = 500
+# Forking is how a second process is had here without the seconds that importing Feast takes.
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+
+
+@pytest.fixture
+def sqlite(tmp_path, stores):
+    return stores.config(tmp_path, {"type": "plait.stores.sqlite.PackedSQLiteOnlineStore", "path": "online.db"})
+
+
+@pytest.fixture
+def redis(tmp_path, stores, durable_redis):
+    online = {"type": "plait.stores.redis.PackedRedisOnlineStore", "url": durable_redis.url, "timeout_s": 5}
+    return stores.config(tmp_path, online)
+
+
+@pytest.fixture
+def view(stores):
+    return stores.view({"a": Int64, "b": String, "c": Int64})
+
+
+def version(stores, number):
+    """All users' rows of one version: every feature says which."""
+    columns = {"user_id": list(range(N_USERS)), "a": [number] * N_USERS, "c": [number] * N_USERS}
+    text = [f"{number} " + "x" * (number % 50)] * N_USERS
+    return stores.rows({**columns, "b": text}, at=T0 + timedelta(seconds=number))
+
+
+def read_versions(store, config, view):
+    """The version each row is of; fails if a row is of two."""
+    got = store.read_columns(config, view, {"user_id": list(range(N_USERS))}, now=NOW)
+    rows = got.table.to_pylist()
+    seconds = [None if us == 0 else us // 1_000_000 - int(T0.timestamp()) for us in got.event_us.tolist()]
+    for row, second in zip(rows, seconds, strict=True):
+        text = None if row["b"] is None else int(row["b"].split()[0])
+        assert row["a"] == row["c"] == text == second
+    return seconds
+
+
+@contextmanager
+def child(work):
+    """A process that runs `work(say)`; yields (pid, read end of what it says, one line a call)."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.close(reading)
+            work(lambda text: os.write(writing, f"{text}\n".encode()))
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(writing)
+    with os.fdopen(reading) as said:
+        try:
+            yield pid, said
+        finally:
+            try:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+            except (ProcessLookupError, ChildProcessError):
+                reading = -1  # it had ended by itself
+
+
+def write_forever(config, view, stores):
+    def work(say):
+        store = get_online_store_from_config(config.online_store)
+        for number in range(1, 10_000):
+            store.write_columns(config, view, version(stores, number))
+            say(number)
+
+    return work
+
+
+@pytest.mark.parametrize("patience_s", [0.0, 0.013, 0.05, 0.11])
+def test_a_writer_killed_in_a_sqlite_write_loses_nothing_answered_and_leaves_nothing_half(
+    sqlite, view, stores, patience_s
+):
+    store = get_online_store_from_config(sqlite.online_store)
+    store.update(sqlite, [], [view], [], [], partial=False)
+    with child(write_forever(sqlite, view, stores)) as (pid, said):
+        last = int(said.readline())
+        time.sleep(patience_s)
+        os.kill(pid, signal.SIGKILL)
+        last = max([last, *map(int, said)])
+        os.waitpid(pid, 0)
+    versions = read_versions(store, sqlite, view)
+    assert len(set(versions)) == 1, "a write of one transaction is seen in part"
+    assert last <= versions[0] <= last + 1
+    store.write_columns(sqlite, view, version(stores, 9_999))
+    assert set(read_versions(store, sqlite, view)) == {9_999}
+
+
+def test_readers_in_other_processes_see_whole_writes_in_order_while_one_writes(sqlite, view, stores):
+    store = get_online_store_from_config(sqlite.online_store)
+    store.write_columns(sqlite, view, version(stores, 0))
+
+    def read(say):
+        mine = get_online_store_from_config(sqlite.online_store)
+        last, until = 0, time.monotonic() + 1.5
+        while time.monotonic() < until:
+            versions = set(read_versions(mine, sqlite, view))
+            assert len(versions) == 1
+            assert min(versions) >= last
+            last = min(versions)
+        say(last)
+
+    with child(write_forever(sqlite, view, stores)) as (_, written), child(read) as (_, one), child(read) as (_, two):
+        written.readline()
+        assert int(one.readline()) > 0
+        assert int(two.readline()) > 0
+
+
+def test_a_full_disk_ends_a_sqlite_write_with_an_error_and_keeps_what_was_there(sqlite, view, stores, tmp_path):
+    store = get_online_store_from_config(sqlite.online_store)
+    store.write_columns(sqlite, view, version(stores, 1))
+    size = sum(file.stat().st_size for file in tmp_path.glob("online.db*"))
+
+    def fill(say):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 50_000, size + 50_000))
+        mine = get_online_store_from_config(sqlite.online_store)
+        try:
+            for number in range(2, 100):
+                mine.write_columns(sqlite, view, version(stores, number))
+                say(number)
+        except StoreError as error:
+            say(f"error: {error}")
+
+    with child(fill) as (_, said):
+        *written, error = said.read().splitlines()
+    assert "online.db" in error
+    assert "nothing of this call was stored" in error
+    assert set(read_versions(store, sqlite, view)) == {int(written[-1]) if written else 1}
+
+
+def test_a_writer_that_waits_too_long_for_another_says_so(tmp_path, view, stores):
+    online = {"type": "plait.stores.sqlite.PackedSQLiteOnlineStore", "path": "online.db", "timeout_s": 0.05}
+    config = stores.config(tmp_path, online)
+    store = get_online_store_from_config(config.online_store)
+    store.write_columns(config, view, version(stores, 1))
+    other = sqlite3.connect(tmp_path / "online.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(StoreError, match="database is locked"):
+        store.write_columns(config, view, version(stores, 2))
+    assert set(read_versions(store, config, view)) == {1}
+    other.execute("ROLLBACK")
+    other.close()
+    store.write_columns(config, view, version(stores, 2))
+    assert set(read_versions(store, config, view)) == {2}
+
+
+def test_a_missing_or_foreign_sqlite_file_is_told_from_an_empty_one(sqlite, view, tmp_path):
+    store = get_online_store_from_config(sqlite.online_store)
+    with pytest.raises(StoreError, match="run `feast apply`"):
+        store.read_columns(sqlite, view, {"user_id": [1]})
+    assert not (tmp_path / "online.db").exists()
+    (tmp_path / "online.db").write_bytes(b"not a database, but long enough to be one" * 100)
+    with pytest.raises(StoreError, match="file is not a database"):
+        store.read_columns(sqlite, view, {"user_id": [1]})
+
+
+def test_a_view_that_was_never_applied_is_an_error_and_not_an_empty_answer(sqlite, view, stores):
+    store = get_online_store_from_config(sqlite.online_store)
+    store.update(sqlite, [], [view], [], [], partial=False)
+    with pytest.raises(StoreError, match="run `feast apply`"):
+        store.read_columns(sqlite, stores.view(name="other"), {"user_id": [1]})
+
+
+def test_a_reader_notices_a_new_file_in_the_place_of_the_old(sqlite, view, stores, tmp_path):
+    store = get_online_store_from_config(sqlite.online_store)
+    store.write_columns(sqlite, view, version(stores, 1))
+    assert set(read_versions(store, sqlite, view)) == {1}
+    for file in tmp_path.glob("online.db*"):
+        file.unlink()
+    get_online_store_from_config(sqlite.online_store).write_columns(sqlite, view, version(stores, 2))
+    assert set(read_versions(store, sqlite, view)) == {2}
+
+
+@pytest.mark.redis
+def test_redis_killed_in_mid_write_is_an_error_and_every_row_stays_whole(redis, view, stores, durable_redis):
+    store = get_online_store_from_config(redis.online_store)
+
+    def write(say):
+        try:
+            write_forever(redis, view, stores)(say)
+        except StoreError as error:
+            say(f"error: {error}")
+
+    with child(write) as (_, said):
+        said.readline()
+        time.sleep(0.03)
+        durable_redis.kill()
+        *written, error = said.read().splitlines()
+    assert error.startswith("error: online store Redis at 127.0.0.1")
+    with pytest.raises(StoreError, match="repeat the call"):
+        store.read_columns(redis, view, {"user_id": [1]})
+    durable_redis.start()
+    last = int(written[-1]) if written else 1
+    assert all(last <= number <= last + 1 for number in read_versions(store, redis, view))
+    store.write_columns(redis, view, version(stores, 9_999))
+    assert set(read_versions(store, redis, view)) == {9_999}
+
+
+@pytest.mark.redis
+def test_a_redis_that_hangs_is_an_error_within_the_timeout(tmp_path, view, stores, durable_redis):
+    online = {"type": "plait.stores.redis.PackedRedisOnlineStore", "url": durable_redis.url, "timeout_s": 0.2}
+    config = stores.config(tmp_path, online)
+    store = get_online_store_from_config(config.online_store)
+    store.write_columns(config, view, version(stores, 1))
+    durable_redis.process.send_signal(signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        with pytest.raises(StoreError, match="[Tt]imeout"):
+            store.write_columns(config, view, version(stores, 2))
+        assert time.monotonic() - began < 5
+    finally:
+        durable_redis.process.send_signal(signal.SIGCONT)
+    store.write_columns(config, view, version(stores, 3))
+    assert set(read_versions(store, config, view)) == {3}
+
+
+@pytest.mark.redis
+def test_a_row_that_another_program_put_into_redis_is_an_error_and_not_a_value(redis, view, stores):
+    import redis as client
+
+    store = get_online_store_from_config(redis.online_store)
+    store.write_columns(redis, view, version(stores, 1))
+    with client.Redis.from_url(redis.online_store.url) as raw:
+        raw.set(f"plait:{redis.project}.stats:7", b"something of quite another kind")
+    with pytest.raises(StoreError, match="not written by Plait"):
+        store.read_columns(redis, view, {"user_id": [7]}, now=NOW)
+
+
+@pytest.mark.redis
+def test_rows_not_written_for_the_store_s_own_time_to_live_are_forgotten(tmp_path, view, stores, durable_redis):
+    import redis as client
+
+    online = {"type": "plait.stores.redis.PackedRedisOnlineStore", "url": durable_redis.url, "key_ttl_seconds": 60}
+    config = stores.config(tmp_path, online)
+    get_online_store_from_config(config.online_store).write_columns(config, view, version(stores, 1))
+    with client.Redis.from_url(durable_redis.url) as raw:
+        assert 0 < raw.ttl(f"plait:{config.project}.stats:7") <= 60
