@@ -151,7 +151,7 @@ def deepen(
             result = replace(
                 result,
                 series=tuple(series(tables, handle, analysis)),
-                trends=tuple(trends(tables, handle, analysis)),
+                trends=() if handle.metric.is_share else tuple(trends(tables, handle, analysis)),
             )
         if handle.metric.name in primaries and handle.metric.type != "quantile":
             result = replace(

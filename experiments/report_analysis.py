@@ -143,8 +143,8 @@ def add_feature_covariates(home: Home, tables: UnitTables, handles: Sequence[Han
         number = pa.types.is_integer(feature.dtype) or pa.types.is_floating(feature.dtype)
         if view is None or view.join_keys != ("user_id",) or not number:
             raise SpecError(
-                f"{handle.metric.name}: cuped feature {feature.name!r} of view {feature.view!r} ({feature.dtype}) cannot "
-                "be a covariate; take a number from a stored view whose only join key is user_id"
+                f"{handle.metric.name}: cuped feature {feature.name!r} of view {feature.view!r} ({feature.dtype}) "
+                "cannot be a covariate; take a number from a stored view whose only join key is user_id"
             )
         joined = store.get_historical_features(units, features=[f"{feature.view}:{feature.name}"]).to_df()
         values = joined[feature.name].astype("float64")

@@ -6,6 +6,7 @@ import math
 import textwrap
 from collections.abc import Iterable, Sequence
 
+from experiments.metrics import Analysis
 from experiments.report_conclusion import lift_text, p_text
 from experiments.report_model import MetricResult, Report
 
@@ -41,13 +42,13 @@ def as_text(report: Report) -> str:
     ]
     if report.warnings:
         lines += ["", "Warnings", *_bullets(report.warnings)]
-    rule = {
-        "sequential": f"confidence sequence, valid at every look (tightest at {report.analysis.tuning_units:,.0f})",
-        "fixed": "one look at the end; looking earlier and stopping inflates the error",
-        "group_sequential": f"{report.analysis.looks} planned looks, {report.analysis.spending} spending",
-    }[report.analysis.decision]
     if report.metrics:
-        lines += ["", f"Decided by: {rule}; alpha {report.analysis.alpha:g}"]
+        lines += ["", f"Decided by: {rule_text(report.analysis)}; alpha {report.analysis.alpha:g}"]
+    for name, check in (report.aa or {}).items():
+        lines.append(
+            f"  A/A {name}: {check.false_positive_share:.1%} of {check.n} splits below {check.alpha:g} "
+            f"({check.low:.1%} … {check.high:.1%}): {'healthy' if check.healthy else 'NOT healthy'}"
+        )
     for result in report.metrics:
         lines += ["", *_metric(result, report)]
     return "\n".join(line.rstrip() for line in lines) + "\n"
@@ -86,9 +87,10 @@ def _metric(result: MetricResult, report: Report) -> list[str]:
                 f"bound {lift_text(rail.worst)})"
             )
         if math.isfinite(comparison.mde):
+            needed = number_text(comparison.units_needed, whole=True)
             lines.append(
-                f"  {comparison.arm}: finds {lift_text(comparison.mde)} now with a power of {report.analysis.power:.0%}; "
-                f"{lift_text(metric.min_effect)} needs {number_text(comparison.units_needed, whole=True)} units"
+                f"  {comparison.arm}: finds {lift_text(comparison.mde)} now with a power of "
+                f"{report.analysis.power:.0%}; {lift_text(metric.min_effect)} needs {needed} units"
             )
     for trend in result.trends:
         lines.append(
@@ -116,10 +118,21 @@ def _when(report: Report) -> str:
     return f"{start:%Y-%m-%d %H:%M} to {report.until:%Y-%m-%d %H:%M} UTC" if start else "no exposure"
 
 
+def rule_text(analysis: Analysis) -> str:
+    """The decision rule in words."""
+    return {
+        "sequential": f"confidence sequence, valid at every look (tightest at {analysis.tuning_units:,.0f} units)",
+        "fixed": "one look at the end; looking earlier and stopping inflates the error",
+        "group_sequential": f"{analysis.looks} planned looks with {analysis.spending} spending",
+    }[analysis.decision]
+
+
 def number_text(value: float, *, whole: bool = False) -> str:
     """A value with five significant digits, or a whole number with thousands separated."""
     if not math.isfinite(value):
         return "unreachable" if value > 0 else "-"
+    if 0 < abs(value) < 1e-7:
+        return "0"
     return f"{value:,.0f}" if whole or abs(value) >= 100_000 else f"{value:.5g}"
 
 
