@@ -147,7 +147,7 @@ def make_rows(columns: dict[str, Any], *, at: Any = T0, created: Any = None) -> 
     return table
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def stores():
     """What test modules need of this file: tests do not import one another."""
     return type(

@@ -229,7 +229,7 @@ def test_a_redis_that_hangs_is_an_error_within_the_timeout(tmp_path, view, store
     durable_redis.process.send_signal(signal.SIGSTOP)
     try:
         began = time.monotonic()
-        with pytest.raises(StoreError, match="[Tt]imeout"):
+        with pytest.raises(StoreError, match=r"[Tt]imeout"):
             store.write_columns(config, view, version(stores, 2))
         assert time.monotonic() - began < 5
     finally:

@@ -87,7 +87,8 @@ def project(backend, tmp_path):
 
 
 def test_apply_materialize_and_read_give_the_latest_row_of_each_entity(project):
-    project.write([(1, T0, T0, 1), (1, T0 + DAY, T0, 2), (2, T0, T0, 3), (2, T0, T0 + DAY, 4), (3, T0 + 5 * DAY, T0, 5)])
+    later, future = T0 + DAY, T0 + 5 * DAY
+    project.write([(1, T0, T0, 1), (1, later, T0, 2), (2, T0, T0, 3), (2, T0, later, 4), (3, future, T0, 5)])
     project.apply()
     project.store.materialize(T0 - DAY, T0 + 2 * DAY)
     assert project.read(1, 2, 3, 4) == [2, 4, None, None]
@@ -211,7 +212,8 @@ def test_an_expired_row_is_not_served(backend, tmp_path):
 
 
 def test_a_home_that_replays_history_expires_rows_by_its_own_clock(tmp_path, stores):
-    config = stores.config(tmp_path, {"type": "plait.stores.sqlite.PackedSQLiteOnlineStore", "path": ".plait/online.db"})
+    online = {"type": "plait.stores.sqlite.PackedSQLiteOnlineStore", "path": ".plait/online.db"}
+    config = stores.config(tmp_path, online)
     project = Project(tmp_path, config, ttl=DAY)
     project.write([(1, T0, T0, 1)])
     project.apply()
@@ -269,7 +271,8 @@ def test_an_interrupted_materialization_goes_on_where_it_stopped(tmp_path, store
         (job,) = engine.materialize(project.store.registry, task)
         return store.n_puts, job.error()
 
-    assert (3, "the power went") == (lambda n, error: (n, str(error)))(*run(3))
+    n_puts, error = run(3)
+    assert (n_puts, str(error)) == (3, "the power went")
     assert project.read(*range(50)) == [*range(20), *[None] * 30]
     assert run(None) == (3, None)  # of five batches the two that were stored are not written again
     assert project.read(*range(50)) == list(range(50))
