@@ -95,11 +95,12 @@ def _logged(home: Home, since: datetime | None, max_rows: int) -> pa.Table:
         SELECT user_id, item_id, timestamp AS event_timestamp, model, model_version, score, features
         FROM read_parquet($parts)
         WHERE features IS NOT NULL AND model IS NOT NULL AND ($since IS NULL OR timestamp >= $since::TIMESTAMPTZ)
-        QUALIFY row_number() OVER newest <= $n
         WINDOW newest AS (PARTITION BY model, model_version ORDER BY timestamp DESC, request_id, position)
+        QUALIFY row_number() OVER newest <= $n
         ORDER BY event_timestamp, request_id, position
     """
-    with duckdb.connect(config={"TimeZone": "UTC"}) as db:
+    with duckdb.connect() as db:
+        db.execute("SET TimeZone = 'UTC'")
         values = {"parts": [str(part) for part in parts], "since": since, "n": max_rows}
         return db.execute(query, values).to_arrow_table()
 

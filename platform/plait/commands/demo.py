@@ -25,7 +25,7 @@ from plait.models import ModelRegistry
 from plait.settings import Home, find_home
 
 MODELS = ("deepfm", "lightgbm", "xgboost", "logistic")
-EXPERIMENT = "rank_model"
+EXPERIMENT = "rank-deepfm-lightgbm"
 RETRAINED = "lightgbm"
 
 
