@@ -34,11 +34,11 @@ def fit_logistic(
     )
     history: list[dict[str, Any]] = []
     best_loss, best_weights, best_bias, worse = np.inf, np.empty(0), 0.0, 0
-    with tqdm(spec.c, desc="logistic path", disable=not progress, leave=False) as path:
+    with tqdm(spec.c, desc="logistic path", disable=None if progress else True, leave=False) as path:
         for c in path:
             _fit_step(model, c, x_train, train)
             loss = log_loss(valid.labels, model.predict_proba(x_valid)[:, 1])
-            history.append({"c": c, "valid_log_loss": loss, "iterations": int(model.n_iter_[0])})
+            history.append({"strength": c, "valid_log_loss": loss, "iterations": int(model.n_iter_[0])})
             path.set_postfix(c=c, valid_log_loss=f"{loss:.4f}")
             if loss < best_loss:
                 best_loss, worse = loss, 0

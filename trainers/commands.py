@@ -67,8 +67,10 @@ def train(
     staged = home.models / f".staged-{spec.name}-{uuid.uuid4().hex[:8]}"
     trained.write(staged)
     version = ModelRegistry(home).register(spec.name, staged, alias=alias or None)
+    history = trained.manifest.history
+    steps = f"{len(history)} {next(iter(history[-1]))}s"  # 4 epochs, 176 rounds
     click.echo(
-        f"trained in {took:.1f} s ({len(trained.manifest.history)} rounds), conversion exact to "
+        f"trained in {took:.1f} s ({steps}), conversion exact to "
         f"{trained.metrics['conversion_difference']:.1g}; registered {version}" + (f" as {alias}" if alias else "")
     )
 

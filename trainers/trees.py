@@ -50,7 +50,7 @@ def fit_lightgbm(
     data = lgb.Dataset(tree_matrix(encoders, train.arrays), train.labels, weight=train.weights, free_raw_data=True)
     held_out = data.create_valid(tree_matrix(encoders, valid.arrays), valid.labels, weight=valid.weights)
     history: list[dict[str, Any]] = []
-    with tqdm(total=spec.rounds, desc="lightgbm rounds", disable=not progress, leave=False) as bar:
+    with tqdm(total=spec.rounds, desc="lightgbm rounds", disable=None if progress else True, leave=False) as bar:
 
         def record(env: Any) -> None:
             loss = env.evaluation_result_list[0][2]
@@ -101,7 +101,7 @@ def fit_xgboost(
     held_out = xgb.DMatrix(
         tree_matrix(encoders, valid.arrays), valid.labels, weight=valid.weights, nthread=spec.threads
     )
-    with tqdm(total=spec.rounds, desc="xgboost rounds", disable=not progress, leave=False) as bar:
+    with tqdm(total=spec.rounds, desc="xgboost rounds", disable=None if progress else True, leave=False) as bar:
         recorder = _Recorder(bar)
         booster = xgb.train(
             parameters,
@@ -223,4 +223,3 @@ def _by_array(encoders: EncoderSet, thresholds: dict[int, np.ndarray]) -> dict[s
         found[array] = {c - start: t for c, t in thresholds.items() if start <= c < start + width}
         start += width
     return found
-

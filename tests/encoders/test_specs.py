@@ -73,7 +73,7 @@ def test_settings_override_what_an_encoding_presets():
     ],
 )
 def test_a_wrong_encoding_names_the_file_and_the_column(value, error, message):
-    with pytest.raises(error, match="m.yaml: column 'x'") as caught:
+    with pytest.raises(error, match=r"m\.yaml: column 'x'") as caught:
         parse_encoding("x", value, where="m.yaml")
     assert message in str(caught.value)
 

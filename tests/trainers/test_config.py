@@ -33,15 +33,15 @@ def test_trees_leave_the_join_keys_alone(service, dataset):
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "message"),
+    ("change", "message"),
     [
-        ({"columns": {"gendr": "vocabulary"}}, UnknownNameError, "no feature of service 'click_test' 'gendr'; did you mean 'gender'?"),
-        ({"crosses": ["gender#genr"]}, UnknownNameError, "cross gender#genr: no feature of service 'click_test' 'genr'; did you mean 'genre"),
+        ({"columns": {"gendr": "drop"}}, "no feature of service 'click_test' 'gendr'; did you mean 'gender'?"),
+        ({"crosses": ["age#genr"]}, "cross age#genr: no feature of service 'click_test' 'genr'; did you mean 'genre"),
     ],
-)  # fmt: skip
-def test_a_name_outside_the_service_is_refused_with_the_nearest(service, dataset, change, error, message):
+)
+def test_a_name_outside_the_service_is_refused_with_the_nearest(service, dataset, change, message):
     spec = parse_spec({**MINIMAL, **change}, source="m.yaml")
-    with pytest.raises(error) as caught:
+    with pytest.raises(UnknownNameError) as caught:
         spec.encodings(*model_inputs(service, dataset.schema))
     assert str(caught.value).startswith("m.yaml: ")
     assert message in str(caught.value)
@@ -55,7 +55,7 @@ def test_a_name_outside_the_service_is_refused_with_the_nearest(service, dataset
         ({"label": None}, SpecError, "m.yaml: label is None; it must be given, as text"),
         ({"columns": ["age"]}, SpecError, "m.yaml: columns is ['age']; it must be a mapping"),
         ({"crosses": "a#b"}, SpecError, "m.yaml: crosses is 'a#b'; it must be a list"),
-        ({"columns": {"age": "bucket"}}, UnknownNameError, "column 'age': no encoding 'bucket'; did you mean 'bucketize'?"),
+        ({"columns": {"age": "bucket"}}, UnknownNameError, "no encoding 'bucket'; did you mean 'bucketize'?"),
         ({"training": {"epoch": 3}}, UnknownNameError, "m.yaml: training: no setting 'epoch'; did you mean 'epochs'?"),
         ({"training": {"epochs": "3"}}, SpecError, "epochs is '3'; it must be of type int"),
         ({"training": {"epochs": 0}}, SpecError, "epochs is 0; it must be above 0"),

@@ -85,7 +85,11 @@ def _train(
         n_batches = -(-len(train) // spec.batch_size)
         batches = batches_of(train, spec.batch_size, generator)
         for batch in tqdm(
-            batches, total=n_batches, desc=f"epoch {epoch}/{spec.epochs}", disable=not progress, leave=False
+            batches,
+            total=n_batches,
+            desc=f"epoch {epoch}/{spec.epochs}",
+            disable=None if progress else True,
+            leave=False,
         ):
             total += train_step(model, batch, dense, rows) * len(batch)
         probabilities = predict_deepfm(model, valid.arrays)
