@@ -103,7 +103,7 @@ class Run:
             self.step("plait", "features", "build")
             self.materialize()
             # Only the newest two hundredths are kept from training, so that most served impressions are trained on.
-            self.step("plait", "samples", "build", "--fractions", "0.98,0.01,0.01")
+            self.step("plait", "samples", "build", "--shares", "0.98,0.01")
             self.step("plait", "dataset", "build", RETRAINED)
             self.step("plait", "train", RETRAINED)
             after = self.wait_for_version(RETRAINED, before)

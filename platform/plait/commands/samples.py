@@ -29,6 +29,7 @@ def samples() -> None:
 @click.option("--touch", type=click.Choice(specs.TOUCHES), help="Credit the last impression in the window, or any.")
 @click.option("--window", help="Attribution window: 30m, 12h, 7d (default 1d).")
 @click.option("--split", type=click.Choice(specs.SPLITS), help="How rows become train, valid and test.")
+@click.option("--shares", metavar="TRAIN,VALID", help="Shares of the rows to train and validate on (default: 0.8,0.1).")
 @click.option("--negatives", help="impressions, or KIND:PER_POSITIVE with uniform, popularity, in_batch or hard.")
 @click.option("--weights", type=click.Choice(specs.WEIGHTS), help="Sample weights.")
 @click.option("--immature", type=click.Choice(specs.IMMATURE), help="Samples younger than the window: mark or drop.")
@@ -80,13 +81,24 @@ def merged_spec(spec_file: Path | None, flags: dict[str, Any]) -> specs.SampleSp
     top["attribution"] = dataclasses.replace(spec.attribution, **attribution)
     if "scenes" in given:
         top["filters"] = dataclasses.replace(spec.filters, scenes=tuple(given["scenes"]))
-    if "split" in given:
-        top["split"] = dataclasses.replace(spec.split, kind=given["split"])
+    if "split" in given or "shares" in given:
+        split: dict[str, Any] = {"kind": given.get("split", spec.split.kind)}
+        if "shares" in given:
+            split |= _shares(given["shares"])
+        top["split"] = dataclasses.replace(spec.split, **split)
     if "weights" in given:
         top["weights"] = dataclasses.replace(spec.weights, kind=given["weights"])
     if "negatives" in given:
         top["negatives"] = dataclasses.replace(spec.negatives, **_negatives(given["negatives"]))
     return dataclasses.replace(spec, **top)
+
+
+def _shares(text: str) -> dict[str, float]:
+    try:
+        train, valid = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise SpecError(f"--shares {text!r}: write two shares, for instance 0.8,0.1; the rest tests") from error
+    return {"train": train, "valid": valid}
 
 
 def _negatives(text: str) -> dict[str, Any]:
