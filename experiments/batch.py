@@ -118,6 +118,8 @@ class _Batch:
     ) -> None:
         self._plan, self._n, self._sticky = plan, n_rows, sticky
         self._attributes = attributes
+        self._lists: dict[str, list[Any]] = {}
+        self._coded: dict[str, tuple[Ints, int]] = {}
         self._columns = {
             kind: UnitColumn(column.to_pylist() if isinstance(column, (pa.Array, pa.ChunkedArray)) else column)
             for kind, column in units.items()
@@ -225,35 +227,41 @@ class _Batch:
         return rows[keep], arms[keep]
 
     def _matches(self, owner: Owner, rows: Ints) -> Bools:
-        """The condition of each row; rows with equal attributes are tested once."""
+        """The condition of each row; combinations of attributes are tested once each."""
         assert owner.test is not None
-        names = (
-            [name for name in _names(self._attributes) if name in owner.attributes]
-            if self._attributes is not None
-            else []
-        )
-        if not names:
-            return np.full(len(rows), owner.test({}))
-        columns = [self._column(name) for name in names]
-        known: dict[Any, bool] = {}
-        out = np.empty(len(rows), bool)
-        for at, row in enumerate(rows.tolist()):
-            key = tuple([column[row] for column in columns])
-            try:
-                typed = (key, tuple(map(type, key)))  # True and 1 are equal keys but different attributes
-                if typed not in known:
-                    known[typed] = owner.test(dict(zip(names, key, strict=True)))
-                out[at] = known[typed]
-            except TypeError:  # an unhashable attribute, such as a list
-                out[at] = owner.test(dict(zip(names, key, strict=True)))
-        return out
+        present = _names(self._attributes) if self._attributes is not None else []
+        names = [name for name in present if name in owner.attributes]
+        combined = np.zeros(len(rows), np.int64)
+        for name in names:
+            codes, n_codes = self._codes(name)
+            combined = np.unique(combined, return_inverse=True)[1] * n_codes + codes[rows]
+        _, first, inverse = np.unique(combined, return_index=True, return_inverse=True)
+        columns = [(name, self._column(name)) for name in names]
+        answers = [owner.test({name: column[row] for name, column in columns}) for row in rows[first].tolist()]
+        return np.array(answers, bool)[inverse]
+
+    def _codes(self, name: str) -> tuple[Ints, int]:
+        """Rows of a column that are equal (and of one type: True is not 1) share a code. Made once."""
+        if name not in self._coded:
+            seen: dict[Any, int] = {}
+            codes = []
+            for row, value in enumerate(self._column(name)):
+                try:
+                    codes.append(seen.setdefault((type(value), value), len(seen)))
+                except TypeError:  # a list, say: a code of its own
+                    codes.append(seen.setdefault((_Batch, row), len(seen)))
+            self._coded[name] = np.array(codes, np.int64), max(len(seen), 1)
+        return self._coded[name]
 
     def _column(self, name: str) -> list[Any]:
         assert self._attributes is not None
-        column = self._attributes[name]
-        if isinstance(column, (pa.Array, pa.ChunkedArray)):
-            return column.to_pylist()
-        return column.tolist() if isinstance(column, np.ndarray) else list(column)
+        if name not in self._lists:
+            column = self._attributes[name]
+            if isinstance(column, (pa.Array, pa.ChunkedArray)):
+                self._lists[name] = column.to_pylist()
+            else:
+                self._lists[name] = column.tolist() if isinstance(column, np.ndarray) else list(column)
+        return self._lists[name]
 
     def _forced(self) -> dict[str, dict[int, tuple[Owner, int]]]:
         """Layer → row → the tester's (owner, arm index)."""

@@ -33,11 +33,7 @@ class _Builder:
             self._condition(tree, ("segments", name))
         parameters = {name: self._parameter(name, raw) for name, raw in self._section("parameters").items()}
         layers = {name: self._layer(name, raw, parameters) for name, raw in self._section("layers").items()}
-        experiments = {
-            name: experiment
-            for name, raw in self._section("experiments").items()
-            if (experiment := self._experiment(name, raw)) is not None
-        }
+        experiments = {name: self._experiment(name, raw) for name, raw in self._section("experiments").items()}
         return ExperimentsSpec(
             enabled=bool(self._document.get("enabled", True)),
             parameters=parameters,
@@ -99,41 +95,45 @@ class _Builder:
             salt=raw.get("salt", name),
         )
 
-    def _experiment(self, name: str, raw: Mapping[str, Any]) -> Experiment | None:
+    def _experiment(self, name: str, raw: Mapping[str, Any]) -> Experiment:
         path: Path_ = ("experiments", name)
         if "traffic" in raw and "ramp" in raw:
             self._problems.add((*path, "traffic"), "give either `traffic` or `ramp`: the ramp says the traffic")
-        try:
-            return Experiment(
-                name=name,
-                layer=raw["layer"],
-                state=raw["state"],
-                ranges=self._ranges(raw["buckets"], (*path, "buckets")),
-                arms=tuple(self._arm(arm, value, (*path, "arms", arm)) for arm, value in raw["arms"].items()),
-                where=self._condition(raw["where"], (*path, "where")) if "where" in raw else always(),
-                salt=raw.get("salt", name),
-                traffic=self._parts(raw.get("traffic", 100), (*path, "traffic")),
-                start=self._date(raw, "start", path),
-                end=self._date(raw, "end", path),
-                ramp=self._ramp(raw.get("ramp", []), (*path, "ramp")),
-                group=raw.get("group"),
-                group_ranges=self._ranges(raw["group_buckets"], (*path, "group_buckets"))
-                if "group_buckets" in raw
-                else (),
-                requires=tuple(
-                    (need["experiment"], frozenset(need.get("arms", ()))) for need in raw.get("requires", [])
-                ),
-                sticky=raw.get("sticky", False),
-                control=raw.get("control", next(iter(raw["arms"]))),
-                owner=raw.get("owner", ""),
-                description=raw.get("description", ""),
-                metrics=tuple(raw.get("metrics", ())),
-                primary=raw.get("primary"),
-                guardrails=tuple(raw.get("guardrails", ())),
-            )
-        except SpecError as error:
-            self._problems.add((*path, "arms"), str(error))
-            return None
+        arms = self._arms(raw["arms"], path)
+        return Experiment(
+            name=name,
+            layer=raw["layer"],
+            state=raw["state"],
+            ranges=self._ranges(raw["buckets"], (*path, "buckets")),
+            arms=arms,
+            where=self._condition(raw["where"], (*path, "where")) if "where" in raw else always(),
+            salt=raw.get("salt", name),
+            traffic=self._parts(raw.get("traffic", 100), (*path, "traffic")),
+            start=self._date(raw, "start", path),
+            end=self._date(raw, "end", path),
+            ramp=self._ramp(raw.get("ramp", []), (*path, "ramp")),
+            group=raw.get("group"),
+            group_ranges=self._ranges(raw["group_buckets"], (*path, "group_buckets")) if "group_buckets" in raw else (),
+            requires=tuple((need["experiment"], frozenset(need.get("arms", ()))) for need in raw.get("requires", [])),
+            sticky=raw.get("sticky", False),
+            control=raw.get("control", next(iter(raw["arms"]))),
+            owner=raw.get("owner", ""),
+            description=raw.get("description", ""),
+            metrics=tuple(raw.get("metrics", ())),
+            primary=raw.get("primary"),
+            guardrails=tuple(raw.get("guardrails", ())),
+        )
+
+    def _arms(self, raw: Mapping[str, Any], path: Path_) -> tuple[Arm, ...]:
+        """The arms. If their weights do not add up, that is a problem, and the first is bent so that checks go on."""
+        arms = tuple(self._arm(arm, value, (*path, "arms", arm)) for arm, value in raw.items())
+        total = sum(arm.parts for arm in arms)
+        if total == N_BUCKETS:
+            return arms
+        self._problems.add(
+            (*path, "arms"), f"the weights add up to {total / 100:g} %, not 100 %; give the rest to the control arm"
+        )
+        return (replace(arms[0], parts=arms[0].parts + N_BUCKETS - total), *arms[1:])
 
     def _arm(self, name: str, raw: Mapping[str, Any], path: Path_) -> Arm:
         return Arm(

@@ -86,7 +86,7 @@ def _leaf(tree: Mapping[str, Any]) -> Condition:
         try:
             got = attributes.get(attribute)
             return got is not None and matches(got)
-        except (TypeError, ValueError, OverflowError, AttributeError):  # a value of the wrong type: it does not match
+        except Exception:  # a value of the wrong type, or one whose own comparison fails: it does not match
             return False
 
     return Condition(test, frozenset({attribute}), text)

@@ -13,7 +13,11 @@ def diff_documents(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     >>> diff_documents({"layers": {"a": {"unit": "user"}}}, {"layers": {"a": {"unit": "device"}}})
     ["~ layers.a.unit: 'user' → 'device'"]
     """
-    return list(_walk("", old, new))
+    sections = [key for key in [*old, *(key for key in new if key not in old)] if key != "enabled"]
+    # a section that is not there holds nothing: its entries are listed one by one
+    whole = ({key: document.get(key) or {} for key in sections} for document in (old, new))
+    switches = ({"enabled": document.get("enabled", True)} for document in (old, new))
+    return [*_walk("", *switches), *_walk("", *whole)]
 
 
 def _walk(path: str, old: Any, new: Any) -> Iterator[str]:

@@ -13,7 +13,6 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -134,7 +133,7 @@ class LiveConfig:
     def _folders(self) -> list[Path]:
         """The project's own declaration, and the one Plait ships."""
         folders = [self._store.home.project / "experiments"] if self._store.home else []
-        shipped = Path(str(files("experiments")))
+        shipped = Path(__file__).parent
         return [folder for folder in dict.fromkeys([*folders, shipped]) if any(folder.glob("*.yaml"))]
 
     def _follow(self) -> None:

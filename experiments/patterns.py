@@ -14,7 +14,7 @@ from typing import Any
 
 from plait.errors import SpecError
 
-MAX_PATTERN, MAX_VALUE, MAX_WAYS = 200, 256, 100_000
+MAX_PATTERN, MAX_VALUE, MAX_WAYS = 200, 256, 200_000
 _ATOMS = {op.LITERAL, op.NOT_LITERAL, op.ANY, op.IN, op.AT, op.CATEGORY}
 
 
@@ -34,7 +34,7 @@ def safe_pattern(pattern: str) -> re.Pattern[str]:
     if ways > MAX_WAYS:
         raise SpecError(
             f"{pattern!r} could take too long ({'endlessly many' if ways == float('inf') else f'{ways:,.0f}'} ways to "
-            f"match {MAX_VALUE} characters, {MAX_WAYS:,} allowed); use fewer of * + ?, none inside another, or `contains`"
+            f"match {MAX_VALUE} characters, {MAX_WAYS:,} allowed); use fewer of * + ?, none in another, or `contains`"
         )
     return compiled
 

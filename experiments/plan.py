@@ -49,6 +49,7 @@ class Owner:
     sticky: bool = False
     enrolling: bool = True
     is_holdout: bool = False
+    plain: bool = False  # nothing but a condition to test: no group, prerequisite or stickiness
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -144,6 +145,7 @@ def _owner(spec: ExperimentsSpec, experiment: Experiment, rank: int, order: int)
         group=group,
         requires=experiment.requires,
         sticky=experiment.sticky,
+        plain=not (experiment.sticky or experiment.requires or group),
     )
 
 

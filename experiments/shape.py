@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from functools import cache
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -27,7 +27,7 @@ _COMBINATORS = ("all", "any", "not", "segment", "attribute")
 
 def schema() -> dict[str, Any]:
     """The JSON Schema of a configuration (draft 2020-12): for editors, admin forms and other languages."""
-    return json.loads(files("experiments").joinpath("schema.json").read_text(encoding="utf-8"))
+    return json.loads(Path(__file__).with_name("schema.json").read_text(encoding="utf-8"))
 
 
 @cache

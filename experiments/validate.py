@@ -147,12 +147,11 @@ def _check_buckets(spec: ExperimentsSpec, problems: Problems) -> None:
     for layer, claimed in claims.items():
         for i, (path, ranges, experiment) in enumerate(claimed):
             for other_path, other_ranges, other in claimed[:i]:
-                if (overlap := _overlap(ranges, other_ranges)) and not _apart(experiment, other):
-                    first, end = overlap
-                    problems.add(
-                        (*path, "buckets"),
-                        f"buckets {first}-{end - 1} of layer {layer!r} already belong to {'.'.join(map(str, other_path))}",
-                    )
+                overlap = _overlap(ranges, other_ranges)
+                if overlap and not _apart(experiment, other):
+                    buckets = f"buckets {overlap[0]}-{overlap[1] - 1} of layer {layer!r}"
+                    owner = ".".join(map(str, other_path))
+                    problems.add((*path, "buckets"), f"{buckets} already belong to {owner}")
 
 
 def _overlap(a: Ranges, b: Ranges) -> tuple[int, int] | None:
