@@ -18,12 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import duckdb
 import ibis
 import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
-from plait.errors import DataError, SettingsError, UnknownNameError
+from plait.errors import DataError, SettingsError, StoreError, UnknownNameError
 
 if TYPE_CHECKING:
     import ibis.expr.types as ir
@@ -78,10 +79,20 @@ class Engine:
         return self.read_parquet([path])
 
     def keep(self, expr: ir.Table) -> ir.Table:
-        """Compute `expr` once; later expressions read the stored result (a DuckDB table, or a Spark cache)."""
-        cached = expr.cache()
-        self._cached.append(cached)
-        return cached
+        """Compute `expr` once; later expressions read the stored result.
+
+        A DuckDB table, or parquet in Spark's scratch: Spark's own cache keeps the whole plan that led to it, and
+        plans that grow with every step take longer to analyse than to run.
+        """
+        if self.name == "duckdb":
+            cached = expr.cache()
+            self._cached.append(cached)
+            return cached
+        folder = self.scratch / _name("kept")
+        self.spark.sql(self.connection.compile(expr)).write.parquet(str(folder))
+        name = folder.name
+        self.spark.read.parquet(str(folder)).createOrReplaceTempView(name)
+        return self.connection.table(name)
 
     def count(self, expr: ir.Table) -> int:
         return int(expr.count().execute())
@@ -169,6 +180,10 @@ def _duckdb(folder: Path, memory: str, threads: int | None) -> Iterator[Engine]:
     engine = Engine(name="duckdb", connection=connection, scratch=folder)
     try:
         yield engine
+    except duckdb.OutOfMemoryException as error:
+        raise StoreError(f"DuckDB ran out of its {memory}: {error}; give more with --memory or PLAIT_MEMORY") from error
+    except duckdb.Error as error:
+        raise DataError(f"DuckDB cannot compute this: {error}") from error
     finally:
         engine.release()
         connection.disconnect()
@@ -176,6 +191,8 @@ def _duckdb(folder: Path, memory: str, threads: int | None) -> Iterator[Engine]:
 
 def _spark(folder: Path, memory: str, threads: int | None) -> Iterator[Engine]:
     try:
+        from py4j.protocol import Py4JError
+        from pyspark.errors import PySparkException
         from pyspark.sql import SparkSession
     except ImportError as error:
         raise SettingsError("--engine spark needs pyspark; install it with `pip install plait[spark]`") from error
@@ -205,6 +222,8 @@ def _spark(folder: Path, memory: str, threads: int | None) -> Iterator[Engine]:
     engine = Engine(name="spark", connection=connection, scratch=folder)
     try:
         yield engine
+    except (PySparkException, Py4JError) as error:
+        raise DataError(f"Spark cannot compute this: {str(error)[:2000]}") from error
     finally:
         engine.release()
         if running is None:
