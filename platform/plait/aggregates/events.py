@@ -75,6 +75,9 @@ def normalised(engine: Engine, plan: Plan, raw: ir.Table, attributes: Mapping[st
     """Keys, `_id`, times, and the plan's columns: `_m<i>` int64, `_x<i>` and list values as they are, `_d<i>`."""
     spec = plan.spec
     events = _with_attributes(engine, plan, once(plan, raw), attributes)
+    floats = [name for name in events.columns if events[name].type().is_floating()]
+    # NaN counts as missing from here on: in a condition SQL would hold it greater than every number.
+    events = events.mutate(**{name: _finite(events[name]) for name in floats})
     if spec.events.where is not None:
         events = events.filter(holds(spec.events.where, events))
     for column in sorted(spec.source_columns):
