@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.store import ConfigStore, LiveConfig
+import pyarrow as pa
+
+from experiments.live import LiveConfig
+from experiments.store import ConfigStore
 from plait.artifacts import load_artifact
 from plait.clock import Clock
-from plait.errors import ArtifactError
+from plait.errors import ArtifactError, PlaitError
 from plait.eventlog import EventLog, log_folder
 from plait.models import ModelRegistry
 from plait.online import OnlineReader
@@ -21,6 +25,8 @@ from serving.parts import Loader, ServingModel, SnapshotLike, VersionLike
 from serving.pipeline import Predictor
 from serving.pool import ModelPool
 from serving.scenes import DEFAULT_FILE, Scene, load_scenes
+
+logger = logging.getLogger("serving")
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -40,7 +46,7 @@ def build_parts(home: Home, *, label: str = "serve", n_reads: int = 8) -> Parts:
     registry = ModelRegistry(home)
     live = LiveConfig(ConfigStore.at(home))
     live.start()
-    pool = ModelPool(registry, model_loader(store), lambda: wanted_models(scenes, live.snapshot), metrics)
+    pool = ModelPool(registry, model_loader(store, clock), lambda: wanted_models(scenes, live.snapshot), metrics)
     pool.start()
     log = EventLog(log_folder(home), label)
     predictor = Predictor(pool, live, log, clock, metrics, n_reads=n_reads)
@@ -64,7 +70,7 @@ def scenes_file(home: Home) -> Path:
     return own if own.exists() else DEFAULT_FILE
 
 
-def model_loader(store: FeatureStore) -> Loader:
+def model_loader(store: FeatureStore, clock: Clock) -> Loader:
     """Loads one version: checksums, golden rows, and the same features and transforms as the registry serves."""
 
     def load(version: VersionLike) -> ServingModel:
@@ -72,11 +78,13 @@ def model_loader(store: FeatureStore) -> Loader:
         manifest = artifact.manifest
         service = resolve_service(store, manifest.feature_service)
         check_same_features(f"{version.name}:{version.version}", manifest, service)
+        reader = OnlineReader(store, service)
+        first_read(reader, clock)
         return ServingModel(
             name=version.name,
             version=str(version.version),
             scorer=artifact,
-            reader=OnlineReader(store, service),
+            reader=reader,
             features=service.features,
             context_fields=service.request_fields,
             details={
@@ -89,6 +97,15 @@ def model_loader(store: FeatureStore) -> Loader:
         )
 
     return load
+
+
+def first_read(reader: OnlineReader, clock: Clock) -> None:
+    """Read once, so that no request pays for connections and imports. A store that is away does not keep a model out:
+    requests meet that too, and degrade."""
+    try:
+        reader.read({"user_id": 0}, pa.table({"item_id": pa.array([0], pa.int64())}), context={}, now=clock.now())
+    except PlaitError as error:
+        logger.warning("the online store cannot be read now: %s", error)
 
 
 def check_same_features(ref: str, manifest: ArtifactManifest, service: ServiceSpec) -> None:

@@ -82,7 +82,7 @@ def load_worker(*, home: Home, threads: int, access_log: bool) -> Any:
     from serving.build import build_parts
 
     try:
-        parts = build_parts(home, label=f"serve-{os.getpid()}", n_reads=threads + 4)
+        parts = build_parts(home, n_reads=threads + 4)
     except PlaitError as error:
         print(f"plait: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
