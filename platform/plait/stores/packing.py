@@ -31,7 +31,7 @@ from plait.stores.values import Storage, retype, storage_of
 
 NO_CREATED = -(2**63)
 HEADER_WORDS = 3
-HEADER_BYTES = 8 * HEADER_WORDS
+_CUT_SHORT = "a stored row ends before its values do; materialize the view again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,9 @@ class Feature:
 
     name: str
     value_type: ValueType
+
+    def __hash__(self) -> int:
+        return hash(self.name)  # reads look plans up by their features; an enum hashes slowly
 
     @property
     def storage(self) -> Storage:
@@ -56,6 +59,9 @@ class RowSchema:
         names = [feature.name for feature in self.features]
         if names != sorted(set(names)):
             raise StoreError(f"a row schema has unique features in order of name, not {names}")
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
 
     @classmethod
     def of(cls, features: Mapping[str, ValueType]) -> RowSchema:
@@ -273,21 +279,21 @@ class _Plan:
 
     positions: np.ndarray  # (k,) position in the row of each wanted feature that the row has
     slots: np.ndarray  # (k,) its word
-    stored: tuple[Feature | None, ...]  # per wanted feature, as the row has it; None: the row's schema lacks it
+    stored: tuple[tuple[ValueType, Storage] | None, ...]  # per wanted feature, as the row has it; None: it lacks it
+    wanted: tuple[tuple[ValueType, Storage], ...]
     has_tail: bool
 
 
 @lru_cache(maxsize=512)
 def _plan(schema: RowSchema, wanted: tuple[Feature, ...]) -> _Plan:
-    stored = tuple(
-        schema.features[schema.positions[feature.name]] if feature.name in schema.positions else None
-        for feature in wanted
-    )
-    positions = np.array([schema.positions[feature.name] for feature in stored if feature], dtype=np.intp)
+    held = [schema.positions.get(feature.name) for feature in wanted]
+    stored = [None if position is None else schema.features[position] for position in held]
+    positions = np.array([position for position in held if position is not None], dtype=np.intp)
     return _Plan(
         positions=positions,
         slots=positions + HEADER_WORDS + schema.validity_words,
-        stored=stored,
+        stored=tuple((feature.value_type, feature.storage) if feature else None for feature in stored),
+        wanted=tuple((feature.value_type, feature.storage) for feature in wanted),
         has_tail=not all(feature.storage.in_word for feature in schema.features),
     )
 
@@ -297,13 +303,13 @@ def _unpack_alike(
 ) -> Unpacked:
     plan = _plan(schema, wanted)
     n_rows, size = len(rows), 8 * schema.words
+    found = np.array([row is not None for row in rows])
     null_row = schema.null_row
-    full = [null_row if row is None else row for row in rows]
+    full = [row or null_row for row in rows]
     fixed = b"".join([row[:size] for row in full] if plan.has_tail else full)
     if len(fixed) != n_rows * size:
         raise StoreError(f"a stored row is not of its schema's {size} bytes; materialize the view again")
     words = np.frombuffer(fixed, dtype="<i8").reshape(n_rows, schema.words)
-    found = np.fromiter((row is not None for row in rows), dtype=bool, count=n_rows)
     event_us = words[:, 1]
     expired = found & (event_us < oldest_us) if oldest_us is not None else np.zeros(n_rows, dtype=bool)
 
@@ -320,19 +326,20 @@ def _unpack_alike(
 
     arrays = []
     row_number = 0
-    for feature, stored in zip(wanted, plan.stored, strict=True):
+    for (value_type, storage), stored in zip(plan.wanted, plan.stored, strict=True):
         if stored is None:
-            arrays.append(pa.nulls(n_rows, feature.storage.arrow))
+            arrays.append(pa.nulls(n_rows, storage.arrow))
             continue
+        stored_type, stored_as = stored
         n_nulls = null_counts[row_number]
         mask = pa.py_buffer(validity[row_number]) if n_nulls else None
         column = values[row_number]
-        if stored.storage.in_word:
-            array = _scalar_array(column, stored.storage, mask, n_nulls)
+        if stored_as.in_word:
+            array = _scalar_array(column, stored_as, mask, n_nulls)
         else:
-            array = _tail_array(full, column, valid[row_number], stored.storage, mask, n_nulls)
-        if stored.value_type is not feature.value_type:
-            array = retype(array, stored.value_type, feature.value_type)
+            array = _tail_array(full, column, valid[row_number], stored_as, mask, n_nulls)
+        if stored_type is not value_type:
+            array = retype(array, stored_type, value_type)
         arrays.append(array)
         row_number += 1
     return Unpacked(arrays, event_us.copy(), found, expired)
@@ -362,9 +369,9 @@ def _tail_array(
     np.cumsum(lengths, out=ends[1:])
     data = b"".join(pieces)
     if len(data) != ends[-1]:
-        raise StoreError("a stored row ends before its values do; materialize the view again")
+        raise StoreError(_CUT_SHORT)
     if storage.layout == "binary_list":
-        return _string_lists(pieces, valid, storage)
+        return _string_lists(pieces, data, ends, storage, mask, n_nulls)
     if storage.layout == "fixed_list":
         assert storage.item is not None
         items = np.frombuffer(data, dtype=storage.item)
@@ -380,17 +387,35 @@ def _tail_array(
     return array if small == storage.arrow else array.cast(storage.arrow)
 
 
-def _string_lists(pieces: Sequence[bytes], valid: np.ndarray, storage: Storage) -> pa.Array:
-    lists: list[list[bytes] | None] = []
-    for piece, here in zip(pieces, valid.tolist(), strict=True):
-        if not here:
-            lists.append(None)
-            continue
-        n_items = int.from_bytes(piece[:4], "little")
-        place, items = 4 + 4 * n_items, []
-        for length in np.frombuffer(piece, dtype="<u4", count=n_items, offset=4).tolist():
-            items.append(piece[place : place + length])
-            place += length
-        lists.append(items)
-    array = pa.array(lists, pa.list_(pa.binary()))
-    return array if storage.arrow == array.type else array.cast(storage.arrow)
+def _string_lists(
+    pieces: Sequence[bytes], data: bytes, ends: np.ndarray, storage: Storage, mask: pa.Buffer | None, n_nulls: int
+) -> pa.Array:
+    """Lists of strings from rows' pieces (see _string_list_pieces); `data` is the pieces joined, cut at `ends`."""
+    raw = np.frombuffer(data, dtype=np.uint8)
+    sizes = np.diff(ends)
+    starts = ends[:-1]
+    counts = np.zeros(len(pieces), dtype=np.int64)
+    held = sizes > 0
+    if (sizes[held] < 4).any():
+        raise StoreError(_CUT_SHORT)
+    counts[held] = _uint32_at(raw, starts[held])
+    heads = np.where(held, 4 + 4 * counts, 0)
+    if (heads > sizes).any():
+        raise StoreError(_CUT_SHORT)
+    firsts = np.zeros(len(pieces) + 1, dtype=np.int64)
+    np.cumsum(counts, out=firsts[1:])
+    places = np.repeat(starts + 4 - 4 * firsts[:-1], counts) + 4 * np.arange(firsts[-1])
+    item_ends = np.zeros(len(places) + 1, dtype=np.int64)
+    np.cumsum(_uint32_at(raw, places), out=item_ends[1:])
+    if not np.array_equal(np.diff(item_ends[firsts]), sizes - heads):
+        raise StoreError(_CUT_SHORT)
+    text = b"".join([piece[head:] for piece, head in zip(pieces, heads.tolist(), strict=True)])
+    buffers = [None, pa.py_buffer(item_ends.astype("<i4")), pa.py_buffer(text)]
+    items = pa.Array.from_buffers(storage.arrow.value_type, len(places), buffers, 0)
+    offsets = pa.py_buffer(firsts.astype("<i4"))
+    return pa.Array.from_buffers(storage.arrow, len(pieces), [mask, offsets], n_nulls, children=[items])
+
+
+def _uint32_at(raw: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """The little-endian uint32 that begin at `places` of `raw` bytes, aligned or not."""
+    return np.ascontiguousarray(raw[places[:, None] + np.arange(4)]).view("<u4").ravel()

@@ -12,6 +12,7 @@ import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -156,14 +157,7 @@ class PackedSQLiteOnlineStore(PackedOnlineStore):
 
     def path(self, config: RepoConfig) -> Path:
         """The database file, absolute."""
-        plain = Path(config.online_store.path)
-        if plain.is_absolute():
-            return plain
-        home = os.environ.get("PLAIT_HOME")
-        project = Path(config.repo_path or Path.cwd()).absolute()
-        if home and plain.parts[0] == ".plait":
-            return project / home / Path(*plain.parts[1:])
-        return project / plain
+        return _resolve(config.online_store.path, str(config.repo_path or ""), os.environ.get("PLAIT_HOME", ""))
 
     @contextmanager
     def _transaction(self, config: RepoConfig) -> Iterator[sqlite3.Connection]:
@@ -200,6 +194,17 @@ class PackedSQLiteOnlineStore(PackedOnlineStore):
         except sqlite3.Error as error:
             hint = "run `feast apply`" if "no such table" in str(error) else "nothing of this call was stored"
             raise StoreError(f"online store {self.path(config)}: {error}; {hint}") from error
+
+
+@lru_cache
+def _resolve(path: str, repo_path: str, home: str) -> Path:
+    plain = Path(path)
+    if plain.is_absolute():
+        return plain
+    project = Path(repo_path).absolute()
+    if home and plain.parts[0] == ".plait":
+        return project / home / Path(*plain.parts[1:])
+    return project / plain
 
 
 def _inode(path: Path) -> tuple[int, int] | None:
