@@ -164,13 +164,16 @@ def definitions(features: Path) -> list:
     ]
 
 
-@pytest.fixture
-def project(tmp_path: Path) -> SimpleNamespace:
-    """Events, feature tables, an applied registry and one model configuration. `.home`, `.store`, `.tables`."""
+STORES = {"stock": "duckdb", "plait": "plait.stores.offline.AsofDuckDBOfflineStore"}
+
+
+@pytest.fixture(params=STORES)
+def project(tmp_path: Path, request: pytest.FixtureRequest) -> SimpleNamespace:
+    """For Feast's own DuckDB store and for Plait's: events, feature tables, an applied registry and one model configuration. `.home`, `.store`, `.tables`."""
     from plait.service import open_store
 
     home = Home(project=tmp_path, root=tmp_path / ".plait").create()
-    (tmp_path / "feature_store.yaml").write_text(YAML.format(offline="duckdb"))
+    (tmp_path / "feature_store.yaml").write_text(YAML.format(offline=STORES[request.param]))
     configs = tmp_path / "trainers" / "configs"
     configs.mkdir(parents=True)
     (configs / "tiny.yaml").write_text("name: tiny\nfeature_service: tiny_clicks\nlabel: click\n")

@@ -18,14 +18,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
-from plait.errors import DataError, PlaitError, SpecError, StoreError, UnknownNameError
+from plait.errors import DataError, SpecError, UnknownNameError
 from plait.files import atomic_folder
 from plait.offline.dataset import MANIFEST, Dataset, DatasetManifest, FeatureColumn, corrupt_part
 from plait.offline.parts import PartWriter, content_hash
+from plait.offline.retrieval import REQUEST_TIME, ROW, TIME, chunked, point_in_time, stream_point_in_time, streams
 from plait.offline.samples import SampleManifest, read_manifest
 from plait.offline.saved import register_dataset
 from plait.offline.splits import PARTS
 from plait.settings import Home
+
+__all__ = ["REQUEST_TIME", "ModelData", "build_dataset", "dataset_key", "point_in_time", "read_model"]
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -33,9 +36,6 @@ if TYPE_CHECKING:
     from plait.service import ServiceSpec
 
 CHUNK_ROWS = 1_000_000
-ROW = "sample_id"
-TIME = "event_timestamp"
-REQUEST_TIME = "request_timestamp"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,7 +78,7 @@ def build_dataset(
 ) -> Dataset:
     """The dataset of `service` over samples/<samples>: built, or opened if it is already there.
 
-    store: by default the project's. chunk_rows: rows of one point-in-time join, which bounds memory.
+    store: by default the project's. chunk_rows: rows of one join in stores that cannot stream, which bounds memory.
     progress: called with (rows done, rows in all). Raises DataError, SpecError, UnknownNameError, StoreError.
     """
     from plait.service import open_store, resolve_service
@@ -176,8 +176,7 @@ def _write(
     writers = {part: PartWriter(aside / part, schema, root=aside) for part in PARTS}
     positives = {name: dict.fromkeys(PARTS, 0) for name in samples.labels}
     done, total = 0, sum(samples.rows.values())
-    for chunk in _chunks(source, samples, chunk_rows):
-        features = point_in_time(store, spec, chunk)
+    for chunk, features in _joined(store, spec, samples, source, aside / ".work", chunk_rows):
         rows = pa.Table.from_arrays(
             [*(chunk.column(field.name) for field in kept), *(features.column(name) for name in names)], schema=schema
         )
@@ -214,96 +213,29 @@ def _write(
     (aside / MANIFEST).write_bytes(manifest.to_json())
 
 
-def _chunks(folder: Path, samples: SampleManifest, rows: int) -> Iterator[pa.Table]:
-    """The samples in order, `rows` at a time."""
-    waiting: list[pa.RecordBatch] = []
-    n_waiting = 0
+def _joined(
+    store: FeatureStore, spec: ServiceSpec, samples: SampleManifest, source: Path, work: Path, chunk_rows: int
+) -> Iterator[tuple[pa.Table, pa.Table]]:
+    """Rows of samples beside their features: in one streamed query if the store can, else a query a chunk."""
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        return sample_batches(source, samples)
+
+    if streams(store):
+        yield from stream_point_in_time(store, spec, batches, work=work)
+        return
+    for chunk in chunked(batches(), chunk_rows):
+        yield chunk, point_in_time(store, spec, chunk)
+
+
+def sample_batches(folder: Path, samples: SampleManifest) -> Iterator[pa.RecordBatch]:
+    """The samples in order, a row group at a time at most. Raises DataError for a missing or corrupt part."""
     for part in samples.parts:
         file = folder / part.path
         if not file.exists():
             raise DataError(f"{file} is missing; run `plait samples build` again")
         with corrupt_part(file), pq.ParquetFile(file) as parquet:
-            for batch in parquet.iter_batches(batch_size=min(rows, 65_536)):
-                waiting.append(batch)
-                n_waiting += batch.num_rows
-                if n_waiting >= rows:
-                    yield pa.Table.from_batches(waiting)
-                    waiting, n_waiting = [], 0
-    if n_waiting:
-        yield pa.Table.from_batches(waiting)
-
-
-def point_in_time(store: FeatureStore, spec: ServiceSpec, samples: pa.Table) -> pa.Table:
-    """Every feature of `spec` for every sample, as of its event_timestamp: canonical order and dtypes, samples' order.
-
-    samples: sample_id, event_timestamp, the join keys, and columns for request fields other than request_timestamp.
-    """
-    frame = _entity_frame(spec, samples)
-    for key, (view, feature) in spec.derived_keys.items():
-        # As of the sample, as everything else: a movie's genre of then, not of now.
-        found = _retrieve(store, frame, [f"{view}:{feature}"], samples)
-        frame = frame.append_column(key, found.column(feature))
-    found = _retrieve(store, frame, store.get_feature_service(spec.name), samples)
-    return pa.Table.from_arrays(
-        [_cast(found.column(feature.name), feature.dtype, feature.name) for feature in spec.features],
-        schema=spec.schema(),
-    )
-
-
-def _entity_frame(spec: ServiceSpec, samples: pa.Table) -> pa.Table:
-    keys = [*spec.request_keys, *spec.candidate_keys]
-    columns = {name: samples.column(name) for name in (ROW, *keys, TIME)}
-    for name, dtype in spec.request_fields.items():
-        if name == REQUEST_TIME:
-            columns[name] = pc.floor_temporal(samples.column(TIME), unit="second").cast(pa.timestamp("s", tz="UTC"))
-            columns[name] = columns[name].cast(pa.int64()).cast(dtype)
-        elif name in samples.column_names:
-            columns[name] = samples.column(name).cast(dtype)
-        else:
-            raise SpecError(
-                f"{spec.name} needs the request field {name!r}, and the samples have no such column; "
-                f"known: {', '.join([REQUEST_TIME, *samples.column_names])}"
-            )
-    return pa.table(columns)
-
-
-def _retrieve(store: FeatureStore, frame: pa.Table, features: Any, samples: pa.Table) -> pa.Table:
-    """Feast's historical retrieval, back in the samples' order (the stock stores lose it)."""
-    try:
-        job = store.get_historical_features(entity_df=_to_pandas(frame), features=features)
-        found = job.to_arrow()
-    except PlaitError:
-        raise
-    except Exception as error:
-        raise StoreError(f"historical retrieval failed: {type(error).__name__}: {error}") from error
-    if found.num_rows != samples.num_rows:
-        raise StoreError(
-            f"historical retrieval returned {found.num_rows} rows for {samples.num_rows}; a feature table holds "
-            "several rows of one key and time: rebuild it with `plait features build`"
-        )
-    if not found.column(ROW).combine_chunks().equals(samples.column(ROW).combine_chunks()):
-        found = found.take(pc.sort_indices(found.column(ROW)))
-        wanted = samples.column(ROW).take(pc.sort_indices(samples.column(ROW)))
-        if not found.column(ROW).combine_chunks().equals(wanted.combine_chunks()):
-            raise StoreError("historical retrieval returned other rows than were asked for")
-    return found
-
-
-def _to_pandas(frame: pa.Table) -> Any:
-    # Feast's entity frames are pandas; only keys, times and request fields pass through it.
-    return frame.to_pandas()
-
-
-def _cast(column: pa.ChunkedArray, dtype: pa.DataType, name: str) -> pa.Array | pa.ChunkedArray:
-    if column.type == dtype:
-        return column
-    try:
-        if pa.types.is_integer(dtype) and pa.types.is_floating(column.type):
-            # pandas holds an integer column with nulls as floats with NaN.
-            column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
-        return column.cast(dtype)
-    except pa.ArrowInvalid as error:
-        raise StoreError(f"feature {name!r} came as {column.type} and is declared {dtype}: {error}") from error
+            yield from parquet.iter_batches(batch_size=65_536)
 
 
 def _versions() -> dict[str, str]:
