@@ -6,7 +6,7 @@ An id table's row 0 stands for null (and pads lists), row 1 for a value unknown 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +18,12 @@ import pyarrow.compute as pc
 from plait.encoders.arrays import (
     FloatArray,
     IntArray,
-    floats_and_missing,
+    floats,
     is_list,
     is_text,
     map_strings,
     murmur3_32_of_int64,
+    nulls_of,
     values_and_nulls,
 )
 from plait.encoders.specs import Bucketize, MultiHot, Scale, Vector
@@ -39,6 +40,7 @@ class VocabularyTable:
         self.size = len(values) + FIRST_KNOWN_ID
         if is_text(values.type):
             self._ids = {value: i + FIRST_KNOWN_ID for i, value in enumerate(values.to_pylist())}
+            self._ids[None] = MISSING_ID
             return
         numbers = values.cast(pa.int64()).to_numpy() if len(values) else np.empty(0, np.int64)
         order = np.argsort(numbers, kind="stable")
@@ -59,9 +61,9 @@ class VocabularyTable:
         """(n,) ids of the values of a column."""
         if is_text(array.type):
             known = self._ids
-            return map_strings(array, lambda s: known.get(s, UNKNOWN_ID), dtype=np.int64, null=MISSING_ID)
+            return map_strings(array, lambda s: known.get(s, UNKNOWN_ID))
         values, nulls = values_and_nulls(array)
-        ids = self.ids_of_int64(values.astype(np.int64))
+        ids = self.ids_of_int64(values)
         if nulls is not None:
             ids[nulls] = MISSING_ID
         return ids
@@ -89,10 +91,10 @@ class HashTable:
         if is_text(array.type):
             buckets, seed = self.buckets, self.seed
             return map_strings(
-                array, lambda s: 1 + mmh3.hash(s, seed, signed=False) % buckets, dtype=np.int64, null=MISSING_ID
+                array, lambda s: MISSING_ID if s is None else 1 + mmh3.hash(s, seed, signed=False) % buckets
             )
         values, nulls = values_and_nulls(array)
-        ids = self.ids_of_int64(values.astype(np.int64))
+        ids = self.ids_of_int64(values)
         if nulls is not None:
             ids[nulls] = MISSING_ID
         return ids
@@ -116,8 +118,8 @@ class BucketTable:
         """Boundaries as declared, else the distinct inner quantiles of the column's finite values."""
         if spec.boundaries:
             return cls(np.array(spec.boundaries, np.float64))
-        values, missing = floats_and_missing(array)
-        present = values[np.isfinite(values) & (True if missing is None else ~missing)]
+        values = floats(array)
+        present = values[np.isfinite(values)]
         if not len(present):
             return cls(np.empty(0, np.float64))
         # "lower" keeps boundaries at values that occur, so that integers are cut at integers
@@ -125,10 +127,9 @@ class BucketTable:
         return cls(np.unique(cuts))
 
     def ids(self, array: pa.Array) -> IntArray:
-        values, missing = floats_and_missing(array)
+        values = floats(array)
         ids = np.searchsorted(self.boundaries, values, side="right") + 1
-        if missing is not None:
-            ids[missing] = MISSING_ID
+        ids[np.isnan(values)] = MISSING_ID
         return ids
 
 
@@ -137,7 +138,7 @@ IdTable = VocabularyTable | HashTable | BucketTable
 
 @dataclass(frozen=True, slots=True)
 class ScaleValues:
-    """(n, 1) or, with the indicator, (n, 2) floats: x (or sign(x) log1p|x|) less `shift`, times `factor`, cut."""
+    """x (or sign(x) log1p|x|) less `shift`, times `factor`, cut; missing → 0, and 1 in a second column on demand."""
 
     shift: float
     factor: float
@@ -152,10 +153,10 @@ class ScaleValues:
 
     @classmethod
     def fit(cls, array: pa.Array, spec: Scale) -> ScaleValues:
-        values, missing = floats_and_missing(array)
-        present = values[np.isfinite(values) & (True if missing is None else ~missing)]
+        values = floats(array)
+        present = values[np.isfinite(values)]
         present = _signed_log1p(present) if spec.log1p else present
-        indicator = bool(missing is not None) if spec.indicator is None else spec.indicator
+        indicator = bool(np.isnan(values).any()) if spec.indicator is None else spec.indicator
         if not len(present):
             return cls(0.0, 1.0, -spec.clip, spec.clip, spec.log1p, indicator)
         if spec.method == "minmax":
@@ -165,32 +166,47 @@ class ScaleValues:
         constant = deviation <= 1e-12 * max(1.0, abs(mean))
         return cls(mean, 1.0 if constant else 1 / deviation, -spec.clip, spec.clip, spec.log1p, indicator)
 
-    def values(self, array: pa.Array) -> FloatArray:
-        values, missing = floats_and_missing(array)
-        out = np.zeros((len(array), self.width), np.float32)
-        scaled = (_signed_log1p(values) if self.log1p else values) - self.shift
-        scaled *= self.factor
-        np.clip(scaled, self.low, self.high, out=scaled)
-        if missing is not None:
-            scaled[missing] = 0.0
-            if self.indicator:
-                out[:, 1] = missing
-        out[:, 0] = scaled
-        return out
-
 
 @dataclass(frozen=True, slots=True)
 class RawValues:
-    """(n, 1) floats, NaN where missing."""
+    """x as float32; missing → NaN."""
 
     width: int = 1
 
-    def values(self, array: pa.Array) -> FloatArray:
-        values, nulls = values_and_nulls(array)
-        out = values.astype(np.float32)[:, None]
-        if nulls is not None:
-            out[nulls] = np.nan
-        return out
+
+class NumberBlock:
+    """The scaled and raw columns of one side, computed together: a request has many columns and few rows."""
+
+    def __init__(self, columns: Sequence[tuple[str, int, ScaleValues | RawValues]]) -> None:
+        """columns: (name, position of its first output, encoder)."""
+        raw = ScaleValues(0.0, 1.0, -np.inf, np.inf, False, False)
+        scales = [encoder if isinstance(encoder, ScaleValues) else raw for _, _, encoder in columns]
+        self.names = [name for name, _, _ in columns]
+        self._positions = np.array([position for _, position, _ in columns], np.int64)
+        self._shift, self._factor, self._low, self._high = (
+            np.array([getattr(scale, name) for scale in scales]) for name in ("shift", "factor", "low", "high")
+        )
+        self._missing = np.array([0.0 if isinstance(encoder, ScaleValues) else np.nan for _, _, encoder in columns])
+        self._logs = np.flatnonzero([scale.log1p for scale in scales])
+        self._indicators = np.flatnonzero([scale.indicator for scale in scales])
+
+    def write(self, arrays: Mapping[str, pa.Array], out: FloatArray) -> None:
+        """Fill these columns of `out`, (n, w) float32, from the columns `names` of a side."""
+        block = np.empty((len(self.names), len(out)), np.float64)
+        for i, name in enumerate(self.names):
+            block[i] = floats(arrays[name])
+        block = block.T
+        missing = np.isnan(block)
+        if len(self._logs):
+            block[:, self._logs] = _signed_log1p(block[:, self._logs])
+        block -= self._shift
+        block *= self._factor
+        np.clip(block, self._low, self._high, out=block)
+        np.copyto(block, self._missing, where=missing)
+        with np.errstate(over="ignore"):  # beyond float32 is infinite, to which trees have an answer
+            out[:, self._positions] = block
+        if len(self._indicators):
+            out[:, self._positions[self._indicators] + 1] = missing[:, self._indicators]
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,14 +220,14 @@ class VectorValues:
         return cls(spec.width)
 
     def values(self, array: pa.Array) -> FloatArray:
-        starts, lengths, flat = list_parts(array)
+        starts, lengths, elements = list_parts(array)
         out = np.zeros((len(array), self.width), np.float32)
         present = lengths > 0
         if (lengths[present] != self.width).any():
             wrong = int(lengths[present & (lengths != self.width)][0])
             raise DataError(f"a vector of {wrong} numbers came where the model was fitted on {self.width}")
-        numbers, _ = floats_and_missing(flat)
         if present.any():
+            numbers = np.nan_to_num(floats(elements))
             out[present] = numbers[starts[present][:, None] + np.arange(self.width)]
         return out
 
@@ -246,24 +262,28 @@ ValueEncoder = ScaleValues | RawValues | VectorValues | MultiHotValues
 
 
 def list_parts(array: pa.Array) -> tuple[IntArray, IntArray, pa.Array]:
-    """Where each row's list starts, how long it is (null: 0), and all elements in one array."""
-    lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy().astype(np.int64)
-    starts = np.cumsum(lengths) - lengths
-    return starts, lengths, array.flatten()  # flatten leaves null lists out, whatever lies below them
+    """Where each row's list starts, how long it is (null: 0), and the elements that the starts count in."""
+    offsets = array.offsets.to_numpy().astype(np.int64)
+    lengths = np.diff(offsets)
+    if array.null_count:
+        lengths = np.where(nulls_of(array), 0, lengths)
+    return offsets[:-1], lengths, array.values
 
 
 def padded_ids(array: pa.Array, table: IdTable, *, last: int | None) -> IntArray:
     """(n, L) ids of each list's last `last` elements, in their order, padded by 0 on the right; L is at least 1."""
-    starts, lengths, flat = list_parts(array)
+    starts, lengths, elements = list_parts(array)
     kept = lengths if last is None else np.minimum(lengths, last)
     width = max(1, int(kept.max(initial=0)))
+    if len(array) == 1:
+        found = table.ids(elements.slice(starts[0] + lengths[0] - kept[0], kept[0]))
+        return np.zeros((1, 1), np.int64) if not len(found) else found[None, :]
     out = np.zeros((len(array), width), np.int64)
     total = int(kept.sum())
     if total:
         columns = np.arange(total) - np.repeat(np.cumsum(kept) - kept, kept)
         source = np.repeat(starts + lengths - kept, kept) + columns
-        elements = flat if total == len(flat) else flat.take(pa.array(source))
-        out[np.repeat(np.arange(len(array)), kept), columns] = table.ids(elements)
+        out[np.repeat(np.arange(len(array)), kept), columns] = table.ids(elements.take(pa.array(source)))
     return out
 
 

@@ -28,6 +28,7 @@ from plait.encoders.columns import (
     HashTable,
     IdTable,
     MultiHotValues,
+    NumberBlock,
     RawValues,
     ScaleValues,
     ValueEncoder,
@@ -97,7 +98,8 @@ class EncoderSet:
         self.tables = dict(tables)
         self.values = dict(values)
         self._inputs = {item.name: item for item in self.inputs}
-        self._plans = {side: _SidePlan.of(side, self.fields) for side in SIDES}
+        self._plans = {side: _SidePlan.of(side, self.fields, self.values) for side in SIDES}
+        self._wide = {n: e for n, e in self.values.items() if isinstance(e, VectorValues | MultiHotValues)}
 
     @classmethod
     def fit(
@@ -164,10 +166,10 @@ class EncoderSet:
             out[f"{plan.side}_ids"] = ids
         if plan.values:
             values = np.empty((n, plan.value_width), np.float32)
-            for field in plan.values:
-                values[:, field.position : field.position + field.width] = self.values[field.name].values(
-                    arrays[field.name]
-                )
+            plan.numbers.write(arrays, values)
+            for field in plan.wide:
+                end = field.position + field.width
+                values[:, field.position : end] = self._wide[field.name].values(arrays[field.name])
             out[f"{plan.side}_values"] = values
         for field in plan.bags:
             out[f"{plan.side}_bag_{field.name}"] = padded_ids(
@@ -252,13 +254,21 @@ class _SidePlan:
     values: tuple[Field, ...]
     bags: tuple[Field, ...]
     value_width: int
+    numbers: NumberBlock  # of the values: those that are one number
+    wide: tuple[Field, ...]  # the others: vectors and multi-hot columns
 
     @classmethod
-    def of(cls, side: Side, fields: Sequence[Field]) -> _SidePlan:
+    def of(cls, side: Side, fields: Sequence[Field], encoders: Mapping[str, ValueEncoder]) -> _SidePlan:
         ids, values, bags = (
             tuple(f for f in fields if f.side == side and f.kind == kind) for kind in ("id", "value", "bag")
         )
-        return cls(side, ids, values, bags, sum(field.width for field in values))
+        numbers = [
+            (field.name, field.position, encoder)
+            for field in values
+            if isinstance(encoder := encoders[field.name], ScaleValues | RawValues)
+        ]
+        wide = tuple(f for f in values if isinstance(encoders[f.name], VectorValues | MultiHotValues))
+        return cls(side, ids, values, bags, sum(f.width for f in values), NumberBlock(numbers), wide)
 
 
 class _Fitting:
