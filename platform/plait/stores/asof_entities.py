@@ -28,6 +28,7 @@ from plait.stores.asof_sql import AT, ROW, TimeRange, ViewPlan, micros
 
 DEFAULT_TIME_COLUMN = "event_timestamp"
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+BEFORE_ALL = -(2**62)  # the time of a row without one: DuckDB's ASOF join would match a null with something
 _QUERY = re.compile(r"\s*(\(|select\b|with\b|from\b|values\b|table\b|pivot\b|--|/\*)", re.IGNORECASE)
 
 
@@ -75,7 +76,8 @@ class TableEntities:
     def bind(self, db: duckdb.DuckDBPyConnection, views: Sequence[ViewPlan]) -> BoundEntities:
         times = self.table[self.time_column]
         numbered = self.table.append_column(ROW, pa.array(np.arange(len(times), dtype=np.int64)))
-        db.register("__entity", numbered.append_column(AT, times.cast(pa.int64())))
+        at = pc.fill_null(times.cast(pa.int64()), BEFORE_ALL)
+        db.register("__entity", numbered.append_column(AT, at))
         described = db.execute("DESCRIBE SELECT * FROM __entity").fetchall()
         return BoundEntities(
             sql="__entity",
@@ -235,7 +237,8 @@ def _bind_query(
         _refuse_reserved(column)
     at = micros(quote(name), columns[name])
     extremes = db.execute(f"SELECT min({at}), max({at}) FROM {sql}").fetchone() or (None, None)
-    replaced = f"SELECT * REPLACE (make_timestamptz({at}) AS {quote(name)}), {row} AS {ROW}, {at} AS {AT} FROM {sql}"
+    replaced = f"SELECT * REPLACE (make_timestamptz({at}) AS {quote(name)}), {row} AS {ROW}, "
+    replaced += f"coalesce({at}, {BEFORE_ALL}) AS {AT} FROM {sql}"
     return BoundEntities(
         sql=f"({replaced})",
         columns=columns,
