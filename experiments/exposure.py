@@ -76,7 +76,8 @@ class ExposureRecorder:
     def __init__(
         self, enqueue: Callable[[Sequence[Mapping[str, Any]]], bool], window: ExposureWindow | None = None
     ) -> None:
-        self._enqueue, self.window, self._counts = enqueue, window or ExposureWindow(), ExposureCounts()
+        self._enqueue, self._counts = enqueue, ExposureCounts()
+        self.window = ExposureWindow() if window is None else window
         self._lock = threading.Lock()
 
     @property

@@ -54,7 +54,8 @@ class LiveConfig:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
-        self.counts, self.error = ReloadCounts(), None  # type: ReloadCounts, str | None
+        self.counts = ReloadCounts()
+        self.error: str | None = None
         self.source = "defaults"
         self.snapshot = Snapshot.empty()
         if not self.poll() or self._key is None:
@@ -89,7 +90,7 @@ class LiveConfig:
                     self.error = None
                     return True
                 self._adopt(key)
-            except PlaitError as error:
+            except Exception as error:  # whatever is wrong with the new one, the old one serves
                 self.counts.failed += 1
                 if str(error) != self.error:  # once, not every second
                     logger.error("experiments: version %s goes on serving: %s", self.snapshot.version, error)
@@ -121,8 +122,8 @@ class LiveConfig:
             try:
                 saved = json.loads(self._last_good.read_bytes())
                 return Snapshot.of(saved["document"], version=int(saved["version"]), sticky=self._sticky), "disk"
-            except (OSError, ValueError, KeyError, TypeError, PlaitError) as error:
-                logger.error("experiments: %s cannot be used: %s", self._last_good, error)
+            except Exception as error:  # damaged in whatever way: the next source is asked
+                logger.error("experiments: %s cannot be used: %r", self._last_good, error)
         for folder in self._folders():
             try:
                 return Snapshot.from_folder(folder), "files"

@@ -19,6 +19,8 @@ SECTIONS = ("enabled", "parameters", "domains", "layers", "segments", "groups", 
 _METRICS_FILE = "metrics.yaml"  # in the same folder, read by the report; no part of what is served
 _MAX_BYTES, _MAX_NODES, _MAX_DEPTH = 2_000_000, 200_000, 40
 
+_PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("map", "seq", "str", "bool", "int", "float", "null")}
+
 Path_ = tuple[str | int, ...]
 
 
@@ -153,15 +155,12 @@ class _Reader:
         self._n_nodes += 1
         if self._n_nodes > _MAX_NODES or len(path) > _MAX_DEPTH:
             raise SpecError(f"{place}: too many values or too deep (aliases that contain themselves?)")
+        if node.tag not in _PLAIN_TAGS:
+            raise SpecError(f"{place}: the tag {node.tag} is not allowed; write plain YAML")
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, path)
         if isinstance(node, yaml.SequenceNode):
             return [self.value(item, (*path, i)) for i, item in enumerate(node.value)]
-        if node.tag not in (
-            "tag:yaml.org,2002:str",
-            *(f"tag:yaml.org,2002:{t}" for t in ("bool", "int", "float", "null")),
-        ):
-            raise SpecError(f"{place}: the tag {node.tag} is not allowed; write plain YAML")
         return self._loader.construct_object(node)
 
     def _mapping(self, node: yaml.MappingNode, path: Path_) -> dict[str, Any]:

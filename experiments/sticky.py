@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
 
 from experiments.tables import metadata, sticky_arms
 from plait.errors import StoreError
@@ -98,23 +99,34 @@ class StickyStore:
             self._made = True
 
     def store(self, rows: list[tuple[Key, str]]) -> None:
-        """Write rows whose keys are new; on failure forget them, so that their next use tries again."""
+        """Write rows whose keys are new, at once; on failure forget them, so that their next use tries again."""
+        wanted = dict(rows)
         try:
             self._create()
-            for key, arm in dict(rows).items():
-                with self._engine.begin() as db:
+            with self._engine.begin() as db:
+                _insert_new(db, wanted)
+                for key, arm in wanted.items():
                     stored = db.execute(sa.select(sticky_arms.c.arm).where(_is(key))).scalar()
-                    if stored is None:
-                        db.execute(sticky_arms.insert().values(**_row(key, arm)))
-                    elif stored != arm:  # another process, under other weights, was first
+                    if stored is not None and stored != arm:  # another process, under other weights, was first
                         self._remember(key, stored)
-        except sa.exc.IntegrityError:
-            for key, _ in rows:
-                self._forget(key)
         except sa.exc.SQLAlchemyError as error:
-            logger.warning("sticky arms could not be stored, will try again at their next use: %s", error)
-            for key, _ in rows:
+            logger.warning("sticky arms could not be stored, their next use tries again: %s", error)
+            for key in wanted:
                 self._forget(key)
+
+
+def _insert_new(db: sa.Connection, wanted: dict[Key, str]) -> None:
+    """Insert the rows whose keys are not there yet."""
+    rows = [_row(key, arm) for key, arm in wanted.items()]
+    if db.dialect.name == "sqlite":
+        db.execute(sqlite.insert(sticky_arms).on_conflict_do_nothing(), rows)
+    elif db.dialect.name == "postgresql":
+        db.execute(postgresql.insert(sticky_arms).on_conflict_do_nothing(), rows)
+    else:
+        present = [key for key in wanted if db.execute(sa.select(sticky_arms.c.arm).where(_is(key))).first()]
+        new = [_row(key, arm) for key, arm in wanted.items() if key not in present]
+        if new:
+            db.execute(sticky_arms.insert(), new)
 
 
 def _write(store_ref: weakref.ref[StickyStore], waiting: queue.Queue[Any]) -> None:

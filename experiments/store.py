@@ -87,9 +87,13 @@ class ConfigStore:
         return _version(row)
 
     def history(self, limit: int = 100) -> list[ConfigVersion]:
-        """The newest versions, newest first."""
+        """The newest versions, newest first; one whose document cannot be read any more has an empty one."""
         rows = self._read(sa.select(config_versions).order_by(config_versions.c.version.desc()).limit(limit))
-        return [_version(row) for row in rows]
+        return [_version(row, damaged_ok=True) for row in rows]
+
+    def _latest(self) -> ConfigVersion | None:
+        """The live version even if it is damaged: a good one must always be able to follow it."""
+        return next(iter(self.history(limit=1)), None)
 
     def apply(
         self,
@@ -111,7 +115,7 @@ class ConfigStore:
         load(source, models=models)
         if not author.strip():
             raise SpecError("a change needs an author; give your name or e-mail address")
-        head = self.head()
+        head = self._latest()
         present = head.version if head else 0
         if expected is not None and expected != present:
             raise ConflictError(f"based on version {expected}, but {_who(head)} is live; look at it and apply again")
@@ -135,7 +139,7 @@ class ConfigStore:
                 db.execute(config_versions.insert().values(**row))
         except sa.exc.IntegrityError as error:
             raise ConflictError(
-                f"{_who(self.head())} was written at the same moment; look at it and apply again"
+                f"{_who(self._latest())} was written at the same moment; look at it and apply again"
             ) from error
         except sa.exc.SQLAlchemyError as error:
             raise _unreachable(error) from error
@@ -145,11 +149,11 @@ class ConfigStore:
         self, version: int, *, author: str, models: Collection[str] | None = None, note: str = ""
     ) -> ConfigVersion:
         """Make an old version's document live again, as a new version. It is checked like any other."""
-        old, head = self.get(version), self.head()
+        old, head = self.get(version), self.head_key()
         return self.apply(
             old.document,
             author=author,
-            expected=head.version if head else 0,
+            expected=head[0] if head else 0,
             models=models,
             note=note or f"back to version {version}",
             origin="rollback",
@@ -218,7 +222,18 @@ def _unreachable(error: Exception) -> StoreError:
     return StoreError(f"the experiment store does not answer ({str(error).splitlines()[0]}); nothing was changed")
 
 
-def _version(row: Any) -> ConfigVersion:
+def _version(row: Any, *, damaged_ok: bool = False) -> ConfigVersion:
+    try:
+        document = json.loads(row.document)
+        if not isinstance(document, dict):
+            raise ValueError(f"a {type(document).__name__}, not a mapping")
+    except ValueError as error:
+        if not damaged_ok:
+            raise StoreError(
+                f"version {row.version} of the experiments' configuration cannot be read ({error}); "
+                "apply a good one, or `plait experiments rollback VERSION`"
+            ) from error
+        document = {}
     created = row.created if row.created.tzinfo else row.created.replace(tzinfo=UTC)
     return ConfigVersion(
         version=row.version,
@@ -227,6 +242,6 @@ def _version(row: Any) -> ConfigVersion:
         origin=row.origin,
         note=row.note,
         digest=row.digest,
-        document=json.loads(row.document),
+        document=document,
         diff=tuple(row.diff.splitlines()),
     )

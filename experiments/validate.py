@@ -171,9 +171,8 @@ def _check_groups(spec: ExperimentsSpec, problems: Problems) -> None:
     for experiment in spec.experiments.values():
         path: Path_ = ("experiments", experiment.name)
         if (experiment.group is None) != (not experiment.group_ranges):
-            problems.add(
-                (*path, "group_buckets"), "`group` and `group_buckets` go together: which share of the group is its own"
-            )
+            given = "group" if experiment.group else "group_buckets"
+            problems.add((*path, given), "`group` and `group_buckets` go together: which share of the group is its own")
         if experiment.group is not None and experiment.group not in spec.groups:
             problems.add(
                 (*path, "group"), f"no group {experiment.group!r}; {did_you_mean(experiment.group, spec.groups)}"
