@@ -1,36 +1,11 @@
 """The whole loop runs, small: from no data to a model retrained on the server's own log."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
 pytestmark = pytest.mark.slow
-BIN = Path(sys.executable).parent
-
-
-def plait(project, *arguments, timeout=600):
-    return subprocess.run(
-        [str(BIN / "plait"), *arguments], cwd=project, capture_output=True, text=True, timeout=timeout,
-        env=os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "COLUMNS": "200"},
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory, make_project, find_port):
-    project = make_project(tmp_path_factory.mktemp("demo") / "project")
-    port = find_port()
-    run = plait(
-        project, "demo", "--data", "synthetic", "--data-option=--users=300", "--data-option=--items=80",
-        "--data-option=--requests=3000", "--users", "60", "--models", "deepfm,lightgbm,xgboost,logistic",
-        "--port", str(port),
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout + run.stderr
-    return project, run
 
 
 def test_the_demo_runs_the_loop_and_loses_no_request(demo):
@@ -61,7 +36,7 @@ def test_the_log_became_samples(demo):
     assert any(row["split"] == "train" for row in live)
 
 
-def test_live_features_equal_offline_ones(demo):
+def test_live_features_equal_offline_ones(demo, plait):
     project, _ = demo
     run = plait(project, "audit", "--strict", "--format", "json")
     assert run.returncode == 0, run.stdout + run.stderr
@@ -70,7 +45,7 @@ def test_live_features_equal_offline_ones(demo):
         assert model["logged_score_off_max"] < 1e-5
 
 
-def test_a_second_demo_reuses_what_is_there(demo, find_port):
+def test_a_second_demo_reuses_what_is_there(demo, plait, find_port):
     project, _ = demo
     run = plait(project, "demo", "--data", "synthetic", "--port", str(find_port()))
     assert run.returncode == 0, run.stdout + run.stderr

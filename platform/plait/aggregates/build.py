@@ -240,7 +240,7 @@ class _Builder:
         fresh = self.engine.keep(fresh)
         earliest = fresh[TIME].min().execute()
         copies = raw.semi_join(fresh, ids)[TIME].min().execute()
-        return min(reach, *(int(value) for value in (earliest, copies) if not _missing(value)))
+        return min([reach, *(int(value) for value in (earliest, copies) if not _missing(value))])
 
     def _stragglers(self, new_files: Sequence[Path], since: int) -> tuple[ir.Table | None, int]:
         """Keys for which new files hold events that should have counted already, and from when; None if none do."""
