@@ -37,11 +37,11 @@ class Weights:
 
     @property
     def supported(self) -> bool:
-        """Whether the weights average to one within three standard errors and carry at least 30 effective rows."""
+        """Whether the weights average to one within four standard errors and carry at least 30 effective rows."""
         if len(self.values) < 2:
             return False
         se = float(self.values.std(ddof=1)) / math.sqrt(len(self.values))
-        return abs(self.mean - 1) <= 3 * se + self.clipped_mass + 1e-12 and self.effective_sample_size >= 30
+        return abs(self.mean - 1) <= 4 * se + self.clipped_mass + 1e-12 and self.effective_sample_size >= 30
 
 
 def importance_weights(target: npt.ArrayLike, logged: npt.ArrayLike, *, clip: float = math.inf) -> Weights:

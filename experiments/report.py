@@ -112,7 +112,7 @@ def _report(
                 for handle in handles
                 if handle.metric.type != "quantile"
             }
-        warnings += _late_warnings(results)
+        warnings += tables.complaints() + _late_warnings(results)
     first = micros(counts.first) if counts.first else micros(until)
     days = (micros(until) - first) / DAY_US
     final: Conclusion = conclusion or conclude(plan, metrics, results, days_so_far=days)

@@ -41,6 +41,7 @@ from experiments.stats.sequential import (
 from plait.errors import SpecError, UnknownNameError
 from plait.settings import Home
 
+DOMINANT = 0.1  # share of a metric's total in one unit that is worth a note
 RARE = 10  # events in an arm below which a share is judged by score intervals
 
 
@@ -190,6 +191,8 @@ def analyse(tables: UnitTables, handle: Handle, analysis: Analysis, *, seed: int
         else:
             notes.append("CUPED changes nothing: no unit has a history that varies")
     notes += _notes(plan, metric, plain, handle)
+    if not (metric.is_share or metric.type == "quantile" or handle.cap):
+        notes += _dominance(tables, handle)
     events = [round(m.mean[0] * m.n) if m.n else 0 for m in moments] if metric.is_share else None
     comparisons = []
     for i, arm in enumerate(plan.arms[1:], start=1):
@@ -464,7 +467,7 @@ def _pre_period(plan: Plan, handle: Handle, moments: Sequence[VectorMoments], al
     answer = {}
     for i, arm in enumerate(plan.arms[1:], start=1):
         effect = difference(before[0], before[i], alpha=alpha)
-        if effect.defined and effect.se > 0:
+        if effect.defined and (effect.se > 0 or effect.estimate != 0):
             answer[arm] = effect.p_value
     return answer
 
@@ -480,6 +483,17 @@ def _arm_value(arm: str, estimate: Estimate, adjusted: Estimate | None, alpha: f
         high=estimate.value + half,
         adjusted=adjusted.value if adjusted else None,
     )
+
+
+def _dominance(tables: UnitTables, handle: Handle) -> list[str]:
+    """A note where a single unit decides the metric: no interval can be trusted then."""
+    x = handle.numerator
+    row = tables.db.execute(f"SELECT arg_max(key, {x}), max({x}), sum({x}), count(*) FROM active").fetchone()
+    assert row is not None
+    unit, largest, total, n_active = row
+    if not total or n_active < 30 or largest < DOMINANT * total:
+        return []
+    return [f"one unit ({unit}) holds {largest / total:.0%} of all values: winsorise the metric, or look at the unit"]
 
 
 def _notes(plan: Plan, metric: Metric, estimates: Sequence[Estimate], handle: Handle) -> list[str]:

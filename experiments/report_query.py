@@ -351,6 +351,18 @@ class UnitTables:
         upper = value_at(low + 1) if position > low else lower
         return lower + (upper - lower) * (position - low)
 
+    def complaints(self) -> list[str]:
+        """Values of the summed events that are not finite, and so were left out."""
+        types = sorted({c.column.event for c in self.columns if c.column.aggregate == "sum" and c.column.event})
+        if not types:
+            return []
+        rows = self.db.execute(f"""
+            SELECT type, count(*) FROM feedback
+            WHERE type IN ({", ".join(map(quote, types))}) AND NOT isfinite(value)
+              AND timestamp < make_timestamptz({self._until})
+            GROUP BY 1 ORDER BY 1""").fetchall()
+        return [f"{n:,} {kind} values are not finite and are left out" for kind, n in rows]
+
     def event_values(self, name: str, column: Column) -> None:
         """A table (key, arm, value) of single finite events within the column's window."""
         condition = self._condition(UnitColumn(name="", column=replace(column, aggregate="sum")))

@@ -27,7 +27,7 @@ def us(moment: datetime) -> int:
 
 @dataclass
 class Log:
-    """Writes exposures, impressions and feedback of one home; times are hours after START unless they are arrays of us."""
+    """Writes exposures, impressions and feedback of one home; times are hours after START."""
 
     home: Home
     until: datetime = START + timedelta(days=30)
@@ -139,3 +139,16 @@ def log(tmp_path: Path) -> Log:
     """An empty home's log."""
     (tmp_path / "feature_store.yaml").write_text("project: test\n")
     return Log(Home(project=tmp_path, root=tmp_path / ".plait").create())
+
+
+@pytest.fixture
+def shared_data():
+    """The folder of a data set that lies beside the repository; skips the test where it is absent."""
+
+    def folder(name: str) -> Path:
+        path = SHARED / name
+        if not path.is_dir():
+            pytest.skip(f"no data set {name} in {SHARED}")
+        return path
+
+    return folder
