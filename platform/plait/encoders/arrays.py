@@ -6,7 +6,8 @@ Everything here is vectorised, and gives the same answer for one row as for a mi
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import mmh3
@@ -27,22 +28,39 @@ _GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _NULL_KEY = 0x6E756C6C
 
 
-def column(table: pa.Table, name: str, dtype: pa.DataType) -> pa.Array:
-    """Column `name` of `table` as one array of `dtype`.
+def columns(table: pa.Table, wanted: Sequence[tuple[str, pa.DataType]]) -> list[pa.Array]:
+    """The named columns of `table`, each as one array of its type.
 
-    Raises DataError if the table has no such column or its values do not fit the type without loss.
+    Raises DataError if the table lacks a column or its values do not fit the type without loss.
     """
-    position = table.schema.get_field_index(name)
-    if position < 0:
-        raise DataError(f"the rows have no column {name!r}; they have: {', '.join(table.column_names)}")
-    chunked = table.column(position)
-    array = chunked.chunk(0) if chunked.num_chunks == 1 else chunked.combine_chunks()
-    if array.type != dtype:
-        try:
-            array = array.cast(dtype)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
-            raise DataError(f"column {name!r} is {array.type} and does not fit {dtype}: {error}") from error
-    return array
+    batches = table.to_batches()
+    if len(batches) != 1:
+        batches = table.combine_chunks().to_batches() or [_empty(table.schema)]
+    batch, schema = batches[0], table.schema
+    found = []
+    for name, dtype in wanted:
+        position = schema.get_field_index(name)
+        if position < 0:
+            raise DataError(f"the rows have no column {name!r}; they have: {', '.join(table.column_names)}")
+        array = batch.column(position)
+        found.append(array if array.type == dtype else _cast(array, name, dtype))
+    return found
+
+
+def column(table: pa.Table, name: str, dtype: pa.DataType) -> pa.Array:
+    """One column, as `columns` gives it."""
+    return columns(table.select([name]) if name in table.column_names else table, [(name, dtype)])[0]
+
+
+def _cast(array: pa.Array, name: str, dtype: pa.DataType) -> pa.Array:
+    try:
+        return array.cast(dtype)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
+        raise DataError(f"column {name!r} is {array.type} and does not fit {dtype}: {error}") from error
+
+
+def _empty(schema: pa.Schema) -> pa.RecordBatch:
+    return pa.RecordBatch.from_arrays([pa.array([], field.type) for field in schema], schema=schema)
 
 
 def values_and_nulls(array: pa.Array) -> tuple[IntArray, BoolArray | None]:
@@ -126,15 +144,16 @@ def keys_of(array: pa.Array) -> npt.NDArray[np.uint64]:
     return keys
 
 
-def cross_keys(left: pa.Array, right: pa.Array) -> IntArray:
-    """One 64-bit key per pair of values: (a, b) and (b, a) differ. Either side may be a single row, which is repeated.
+def cross_keys(left: npt.NDArray[np.uint64], right: npt.NDArray[np.uint64]) -> IntArray:
+    """One 64-bit key per pair of `keys_of` values: (a, b) and (b, a) differ. A single row on a side is repeated.
 
     Rows with equal pairs have equal keys; different pairs collide with probability 2^-64 each.
     """
-    mixed: npt.NDArray[np.uint64] = mix64(mix64(keys_of(left)) + keys_of(right) * np.uint64(0xD6E8FEB86659FD93))
+    mixed: npt.NDArray[np.uint64] = mix64(mix64(left) + right * np.uint64(0xD6E8FEB86659FD93))
     return mixed.view(np.int64)
 
 
+@lru_cache(maxsize=1 << 16)
 def _text_key(text: str | None) -> int:
     return _NULL_KEY if text is None else mmh3.hash64(text, signed=False)[0]
 

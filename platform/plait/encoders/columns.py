@@ -32,6 +32,13 @@ from plait.errors import DataError
 MISSING_ID, UNKNOWN_ID, FIRST_KNOWN_ID = 0, 1, 2
 
 
+class _TextIds(dict[str | None, int]):
+    """A dict that answers UNKNOWN_ID for any other text, without a call of ours for a known one."""
+
+    def __missing__(self, key: str | None) -> int:
+        return UNKNOWN_ID
+
+
 class VocabularyTable:
     """Known values in id order: the value at position i has id i + 2."""
 
@@ -39,7 +46,7 @@ class VocabularyTable:
         self.values = values
         self.size = len(values) + FIRST_KNOWN_ID
         if is_text(values.type):
-            self._ids = {value: i + FIRST_KNOWN_ID for i, value in enumerate(values.to_pylist())}
+            self._ids = _TextIds((value, i + FIRST_KNOWN_ID) for i, value in enumerate(values.to_pylist()))
             self._ids[None] = MISSING_ID
             return
         numbers = values.cast(pa.int64()).to_numpy() if len(values) else np.empty(0, np.int64)
@@ -60,8 +67,7 @@ class VocabularyTable:
     def ids(self, array: pa.Array) -> IntArray:
         """(n,) ids of the values of a column."""
         if is_text(array.type):
-            known = self._ids
-            return map_strings(array, lambda s: known.get(s, UNKNOWN_ID))
+            return map_strings(array, self._ids.__getitem__)
         values, nulls = values_and_nulls(array)
         ids = self.ids_of_int64(values)
         if nulls is not None:
@@ -282,8 +288,11 @@ def padded_ids(array: pa.Array, table: IdTable, *, last: int | None) -> IntArray
     total = int(kept.sum())
     if total:
         columns = np.arange(total) - np.repeat(np.cumsum(kept) - kept, kept)
-        source = np.repeat(starts + lengths - kept, kept) + columns
-        out[np.repeat(np.arange(len(array)), kept), columns] = table.ids(elements.take(pa.array(source)))
+        if total == array.offsets[len(array)].as_py() - starts[0]:  # nothing is left out between the lists
+            elements = elements.slice(starts[0], total)
+        else:
+            elements = elements.take(pa.array(np.repeat(starts + lengths - kept, kept) + columns))
+        out[np.repeat(np.arange(len(array)), kept), columns] = table.ids(elements)
     return out
 
 

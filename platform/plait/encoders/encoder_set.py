@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 
-from plait.encoders.arrays import column, cross_keys, dtype_of, dtype_text, is_list
+from plait.encoders.arrays import column, columns, cross_keys, dtype_of, dtype_text, is_list, keys_of
 from plait.encoders.columns import (
     BucketTable,
     HashTable,
@@ -97,8 +97,9 @@ class EncoderSet:
         self.fields = tuple(fields)
         self.tables = dict(tables)
         self.values = dict(values)
-        self._inputs = {item.name: item for item in self.inputs}
+        self._wanted = {side: [(i.name, i.dtype) for i in self.inputs if i.side == side] for side in SIDES}
         self._plans = {side: _SidePlan.of(side, self.fields, self.values) for side in SIDES}
+        self._crossed = sorted({name for field in self.fields for name in field.cross or ()})
         self._wide = {n: e for n, e in self.values.items() if isinstance(e, VectorValues | MultiHotValues)}
 
     @classmethod
@@ -143,17 +144,27 @@ class EncoderSet:
         if len(request) not in (1, len(candidates)):
             raise DataError(f"{len(request)} request rows for {len(candidates)} candidates; give 1, or one for each")
         tables = {"request": request, "candidate": candidates}
-        arrays = {item.name: column(tables[item.side], item.name, item.dtype) for item in self.inputs}
+        arrays: dict[str, pa.Array] = {}
+        for side, wanted in self._wanted.items():
+            arrays |= zip((name for name, _ in wanted), columns(tables[side], wanted), strict=True)
+        keys = {name: keys_of(arrays[name]) for name in self._crossed}
         out: dict[str, np.ndarray] = {}
         for side, plan in self._plans.items():
-            self._encode_side(plan, arrays, len(tables[side]), out)
+            self._encode_side(plan, arrays, keys, len(tables[side]), out)
         return out
 
     def encode_rows(self, rows: pa.Table) -> dict[str, np.ndarray]:
         """The graph's inputs for rows that hold the columns of both sides (a training set's)."""
         return self.encode(rows, rows)
 
-    def _encode_side(self, plan: _SidePlan, arrays: Mapping[str, pa.Array], n: int, out: dict[str, np.ndarray]) -> None:
+    def _encode_side(
+        self,
+        plan: _SidePlan,
+        arrays: Mapping[str, pa.Array],
+        keys: Mapping[str, np.ndarray],
+        n: int,
+        out: dict[str, np.ndarray],
+    ) -> None:
         if plan.ids:
             ids = np.empty((n, len(plan.ids)), np.int64)
             for field in plan.ids:
@@ -161,8 +172,8 @@ class EncoderSet:
                 if field.cross is None:
                     ids[:, field.position] = table.ids(arrays[field.name])
                 else:
-                    keys = cross_keys(arrays[field.cross[0]], arrays[field.cross[1]])
-                    ids[:, field.position] = table.ids_of_int64(keys)  # type: ignore[union-attr]
+                    pair = cross_keys(keys[field.cross[0]], keys[field.cross[1]])
+                    ids[:, field.position] = table.ids_of_int64(pair)  # type: ignore[union-attr]
             out[f"{plan.side}_ids"] = ids
         if plan.values:
             values = np.empty((n, plan.value_width), np.float32)
@@ -312,7 +323,7 @@ class _Fitting:
         if isinstance(cross.into, Hash):
             self.tables[cross.name] = HashTable(cross.into.buckets, cross.into.seed)
         else:
-            keys = pa.array(cross_keys(left, right))
+            keys = pa.array(cross_keys(keys_of(left), keys_of(right)))
             self.tables[cross.name] = VocabularyTable.fit(
                 keys, min_count=cross.into.min_count, max_size=cross.into.max_size
             )
