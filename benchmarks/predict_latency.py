@@ -1,11 +1,11 @@
 """Latency, CPU and memory of /v1/predict on the project's own models, over HTTP.
 
-    python benchmarks/predict_latency.py [--requests 1000] [--candidates 100] [--concurrency 1 8] [--workers 1] [--model NAME]
+    python benchmarks/predict_latency.py [--requests 1000] [--candidates 100] [--concurrency 1 8] [--model NAME]
 
 Starts `plait serve` on a free loopback port, warms it up, sends requests for random known users and movies, and prints:
 latency seen by the client, CPU of the server's process tree per request, the server's own time by stage (wall clock,
-from its /metrics), and resident memory per process. A machine that does other work shows in the latencies, hardly in
-the CPU.
+from its /metrics), resident memory per process, and CPU by stage (measured in this process). A machine that does other
+work shows in the latencies, hardly in the CPU.
 """
 
 from __future__ import annotations
@@ -19,16 +19,20 @@ import socket
 import subprocess
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import local
+from typing import Any
 
 import duckdb
 import numpy as np
+import orjson
 import requests
 
 from plait.settings import Home, find_home
+from serving.lean import go_lean
 
 TICKS = os.sysconf("SC_CLK_TCK")
 STAGES = ("parse", "assign", "features", "score", "log", "total")
@@ -45,6 +49,7 @@ def main() -> None:
     options.add_argument("--model", help="NAME or NAME:VERSION instead of the assigned models")
     options.add_argument("--url", help="measure a server that runs already (no CPU, no memory)")
     args = options.parse_args()
+    go_lean()  # before Feast is imported here, for the stages measured in this process
     home = find_home()
     bodies = make_bodies(home, args.requests, args.candidates, args.top_k, args.model)
     if args.url:
@@ -63,6 +68,7 @@ def main() -> None:
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(timeout=60)
+    print_cpu_by_stage(home, bodies)
 
 
 def make_bodies(home: Home, n: int, n_candidates: int, top_k: int, model: str | None) -> list[bytes]:
@@ -123,6 +129,40 @@ def print_run(url: str, bodies: list[bytes], concurrency: int, pids: list[int]) 
         total, count = (a - b for a, b in zip(after[stage], stages[stage], strict=True))
         parts.append(f"{stage} {total / max(count, 1) * 1e3:.2f}")
     print(f"  stages    {', '.join(parts)} ms (mean, wall clock)")
+
+
+def print_cpu_by_stage(home: Home, bodies: list[bytes]) -> None:
+    """CPU of each stage, one request at a time in this process, nothing logged; without HTTP and Flask."""
+    from serving.build import build_parts
+    from serving.pipeline import Predictor
+    from serving.queries import PredictQuery
+
+    parts = build_parts(home, label="benchmark")
+    predictor = Predictor(parts.pool, parts.experiments, NoLog(), parts.clock, parts.metrics, timer=time.process_time)
+    totals: Counter[str] = Counter()
+    for i, body in enumerate(bodies):
+        started = time.process_time()
+        query = PredictQuery.from_json(json.loads(body), parts.scenes)
+        answer = predictor.predict(query, f"benchmark-{i}", parse_s=time.process_time() - started)
+        if i >= 50:  # the first ones warm up
+            totals.update(answer.stage_seconds)
+    predictor.close()
+    parts.close()
+    n = max(1, len(bodies) - 50)
+    print(f"CPU by stage, in process: {', '.join(f'{stage} {totals[stage] / n * 1e3:.2f}' for stage in STAGES)} ms")
+
+
+class NoLog:
+    """Encodes records as the event log does, and forgets them."""
+
+    queue_length = 0
+
+    def append(self, kind: str, records: Sequence[Mapping[str, Any]]) -> None:
+        orjson.dumps([kind, list(records)])
+
+    def enqueue(self, kind: str, records: Sequence[Mapping[str, Any]]) -> bool:
+        self.append(kind, records)
+        return True
 
 
 def send(url: str, bodies: list[bytes], concurrency: int) -> tuple[np.ndarray, int]:

@@ -44,7 +44,7 @@ def build_parts(home: Home, *, label: str = "serve", n_reads: int = 8) -> Parts:
     metrics = Metrics()
     store = open_store(home)
     registry = ModelRegistry(home)
-    live = LiveConfig(ConfigStore.at(home))
+    live = LiveConfig(ConfigStore.at(home), on_change=lambda _: metrics.config_reloads.labels("adopted").inc())
     live.start()
     pool = ModelPool(registry, model_loader(store, clock), lambda: wanted_models(scenes, live.snapshot), metrics)
     pool.start()

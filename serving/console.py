@@ -108,7 +108,11 @@ def experiment_shares(experiments: Experiments, metrics: Metrics) -> dict[str, A
         counts = [answers.get((experiment["experiment"], arm["arm"]), 0) for arm in experiment["arms"]]
         for arm, count in zip(experiment["arms"], counts, strict=True):
             arm["answers"], arm["share"] = count, count / max(1, sum(counts))
-    return {"config_version": snapshot.version, "experiments": described}
+    return {
+        "config_version": snapshot.version,
+        "error": getattr(experiments, "error", None),  # why a newer configuration could not be taken up
+        "experiments": described,
+    }
 
 
 def _try_it(predictor: Predictor, scenes: Mapping[str, Scene]) -> dict[str, Any]:

@@ -36,6 +36,9 @@ class Metrics:
         self.stage_seconds = Histogram(
             "plait_stage_seconds", "Time of a prediction's stages.", ["stage"], buckets=STAGE_SECONDS, registry=r
         )
+        self.feature_read_seconds = Histogram(
+            "plait_feature_read_seconds", "Feature reads that ended in time.", buckets=STAGE_SECONDS, registry=r
+        )
         self.inflight = Gauge("plait_inflight", "Requests being answered.", multiprocess_mode="livesum", registry=r)
         self.rejected = Counter("plait_rejected_total", "Requests refused, by reason.", ["reason"], registry=r)
         self.degraded = Counter(
@@ -65,8 +68,15 @@ class Metrics:
         self.exposures_deduped = Counter(
             "plait_exposures_deduped_total", "Exposures not logged again within their window.", registry=r
         )
+        self.exposures_dropped = Counter("plait_exposures_dropped_total", "Exposures lost to a full queue.", registry=r)
+        self.exposure_queue = Gauge(
+            "plait_exposure_queue", "Log records waiting to be written.", multiprocess_mode="livesum", registry=r
+        )
         self.log_dropped = Counter("plait_log_dropped_total", "Log records lost to a full queue.", ["kind"], registry=r)
         self.events = Counter("plait_events_total", "Feedback events taken.", ["type"], registry=r)
+        self.config_reloads = Counter(
+            "plait_config_reload_total", "Configurations of the experiments taken up.", ["result"], registry=r
+        )
         self.config_version = Gauge(
             "plait_config_version",
             "Version of the experiments' configuration.",

@@ -68,7 +68,10 @@ class Answer:
 
 
 class Predictor:
-    """Answers PredictQueries from the parts it is given. `n_reads` feature reads may run at a time."""
+    """Answers PredictQueries from the parts it is given.
+
+    n_reads: feature reads that may run at a time. timer: seconds; another one than the wall's serves benchmarks.
+    """
 
     def __init__(
         self,
@@ -79,9 +82,10 @@ class Predictor:
         metrics: Metrics,
         *,
         n_reads: int = 8,
+        timer: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._pool, self._experiments, self._log, self._clock, self._metrics = pool, experiments, log, clock, metrics
-        self._reads = DeadlinePool(n_reads)
+        self._reads, self._timer = DeadlinePool(n_reads), timer
         self._window = ExposureWindow()
         self._config_version: int | None = None
         self.recent: deque[dict[str, Any]] = deque(maxlen=50)  # of this worker, for the console
@@ -95,14 +99,14 @@ class Predictor:
 
         log=False shows what would be answered and leaves no trace in the event log (the console's form).
         """
-        started = time.perf_counter()
+        started = self._timer()
         answer = Answer(request_id=request_id, query=query, at=self._clock.now())
         stages = answer.stage_seconds
         stages["parse"] = parse_s
         if query.had_duplicates:
             answer.degrade("duplicate_candidates")
 
-        mark = time.perf_counter()
+        mark = self._timer()
         assignment = self._assign(answer)
         answer.model = self._choose_model(answer, assignment)
         item_ids = np.array(query.item_ids, np.int64)
@@ -110,29 +114,34 @@ class Predictor:
         limit = self._limit(assignment)
         if not exclude_seen:  # nothing will be dropped later, so nothing more need be read
             item_ids = item_ids[:limit]
-        mark = _lap(stages, "assign", mark)
+        mark = self._lap(stages, "assign", mark)
 
         rows = self._read(answer, item_ids)
         if exclude_seen:
             item_ids, rows = self._drop_seen(answer, item_ids, rows, limit)
-        mark = _lap(stages, "features", mark)
+        mark = self._lap(stages, "features", mark)
 
         scores = self._score(answer, item_ids, rows)
         self._sort(answer, item_ids, scores, rows)
-        mark = _lap(stages, "score", mark)
+        mark = self._lap(stages, "score", mark)
 
         if assignment is not None:
             answer.arms = _used_arms(assignment)
         if log:
             self._log_answer(answer, assignment)
-        _lap(stages, "log", mark)
-        stages["total"] = time.perf_counter() - started + parse_s
+        self._lap(stages, "log", mark)
+        stages["total"] = self._timer() - started + parse_s
         if log:
             self._count(answer, len(item_ids))
         return answer
 
     def close(self) -> None:
         self._reads.close()
+
+    def _lap(self, stages: dict[str, float], stage: str, since: float) -> float:
+        now = self._timer()
+        stages[stage] = now - since
+        return now
 
     # -- stages ------------------------------------------------------------------------------------------------------
 
@@ -276,6 +285,8 @@ class Predictor:
             taken = False
         if not taken:
             self._metrics.log_dropped.labels(kind).inc(len(records))
+            if kind == "exposure":
+                self._metrics.exposures_dropped.inc(len(records))
         return taken
 
     def _count(self, answer: Answer, n_candidates: int) -> None:
@@ -289,6 +300,9 @@ class Predictor:
             metrics.config_version.set(float(answer.config_version or 0))
         for arm in answer.arms:
             metrics.assignments.labels(arm.layer, arm.experiment, arm.arm).inc()
+        metrics.exposure_queue.set(self._log.queue_length)
+        if "features_unavailable" not in answer.degraded:
+            metrics.feature_read_seconds.observe(answer.stage_seconds["features"])
         metrics.candidates.labels(answer.query.scene.name).inc(n_candidates)
         n_unknown = int((~answer.known).sum())
         if n_unknown and answer.model:
@@ -413,9 +427,3 @@ def _check_context(context: Mapping[str, Any], fields: Mapping[str, pa.DataType]
 def _present(model: ServingModel | None) -> ServingModel:
     assert model is not None, "a model is chosen before any stage that needs one"
     return model
-
-
-def _lap(stages: dict[str, float], stage: str, since: float) -> float:
-    now = time.perf_counter()
-    stages[stage] = now - since
-    return now

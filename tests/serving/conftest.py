@@ -201,6 +201,7 @@ class FakeLog:
     def __init__(self) -> None:
         self.records: dict[str, list[dict[str, Any]]] = {"request": [], "feedback": [], "exposure": []}
         self.fail = False
+        self.queue_length = 0
 
     def append(self, kind: str, records: Sequence[Mapping[str, Any]]) -> None:
         if self.fail:
