@@ -129,8 +129,8 @@ class _Batch:
         self._arms_in: dict[str, Ints] = {}  # experiment -> arm index of each row, -1 = not in
 
     def assign(self, version: int) -> BatchAssignment:
-        for kind, column in self._columns.items():
-            for row, code in column.reasons.items():
+        for kind, given in self._columns.items():
+            for row, code in given.reasons.items():
                 self._error(row, AssignmentError(code, f"the {kind} id cannot be assigned; defaults serve"))
         forced = self._forced()
         held, above = self._held()
@@ -189,11 +189,11 @@ class _Batch:
 
     def _decide(self, owner: Owner, rows: Ints) -> tuple[Ints, Ints]:
         """The rows that stay in, and their arms."""
-        for name, arms in owner.requires:
+        for name, wanted in owner.requires:
             index = self._arms_in.get(name, np.full(self._n, -1))[rows]
             needed = self._plan.experiments.get(name)
             names = [arm.name for arm in needed.arms] if needed else []
-            allowed = [i for i, arm in enumerate(names) if not arms or arm in arms]
+            allowed = [i for i, arm in enumerate(names) if not wanted or arm in wanted]
             rows = rows[np.isin(index, allowed)]
         if owner.test is not None and len(rows):
             rows = rows[self._matches(owner, rows)]

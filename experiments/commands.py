@@ -179,7 +179,7 @@ def explain(unit: str, kinds: tuple[str, ...], pairs: tuple[str, ...], at: str |
     live = LiveConfig(_store(home))
     units: dict[str, str] | str = unit
     if kinds:
-        units = dict((kind.split("=", 1) if "=" in kind else (kind, unit)) for kind in kinds)
+        units = {kind.partition("=")[0]: kind.partition("=")[2] or unit for kind in kinds}
     found = live.snapshot.explain(units, dict(map(_pair, pairs)), _moment(at) or _now(home))
     if as_json:
         click.echo(json.dumps(asdict(found), indent=2, ensure_ascii=False))

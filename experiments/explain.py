@@ -90,7 +90,7 @@ class _Explainer:
     def _decide(self, layer: Layer) -> LayerExplanation:
         spec, unit = self._spec, self._units.get(layer.unit)
         usable = refusal(unit) is None
-        where = bucket(layer.salt, unit) if usable else None
+        where = bucket(layer.salt, str(unit)) if usable else None
 
         def rest(why: str) -> LayerExplanation:
             return self._result(layer, where, why)

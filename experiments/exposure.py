@@ -115,8 +115,8 @@ class ExposureRecorder:
                 fresh.append((key, record))
         taken = not fresh or self._enqueue([record for _, record in fresh])
         if not taken:
-            for key, _ in fresh:
-                self.window.forget(key)
+            for refused, _ in fresh:
+                self.window.forget(refused)
         with self._lock:
             self._counts.used += len(exposures)
             self._counts.repeated += len(exposures) - len(fresh)

@@ -73,19 +73,19 @@ def _check_domains(spec: ExperimentsSpec, problems: Problems) -> None:
     for layer in spec.layers.values():
         seen: list[str] = []
         name = layer.name
-        while name in spec.layers and (domain := spec.layers[name].domain) in spec.domains:
+        while name in spec.layers and spec.layers[name].domain in spec.domains:
             if name in seen:
                 problems.add(("layers", layer.name, "domain"), f"nested in itself: {' → '.join([*seen, name])}")
                 break
             seen.append(name)
-            name = spec.domains[domain].layer
+            name = spec.domains[spec.layers[name].domain].layer
 
 
 def _check_ownership(spec: ExperimentsSpec, problems: Problems) -> None:
     """Within a domain a parameter has one layer, and one launch layer at most; nested layers divide their parent's."""
     owners: dict[tuple[str, bool, str], str] = {}
     for layer in spec.layers.values():
-        parent = spec.domains[layer.domain].layer if layer.domain in spec.domains else None
+        parent = spec.domains[layer.domain].layer if layer.domain in spec.domains else ""
         for parameter in layer.parameters:
             path: Path_ = ("layers", layer.name, "parameters")
             first = owners.setdefault((layer.domain, layer.launch, parameter), layer.name)
@@ -142,16 +142,16 @@ def _check_buckets(spec: ExperimentsSpec, problems: Problems) -> None:
             claims.setdefault(holdout.layer, []).append((("holdouts", holdout.name), holdout.ranges, None))
     for experiment in spec.experiments.values():
         if experiment.state != "stopped":
-            path = ("experiments", experiment.name)
+            path: Path_ = ("experiments", experiment.name)
             claims.setdefault(experiment.layer, []).append((path, experiment.ranges, experiment))
     for layer, claimed in claims.items():
-        for i, (path, ranges, experiment) in enumerate(claimed):
+        for i, (claim, ranges, claimant) in enumerate(claimed):
             for other_path, other_ranges, other in claimed[:i]:
                 overlap = _overlap(ranges, other_ranges)
-                if overlap and not _apart(experiment, other):
+                if overlap and not _apart(claimant, other):
                     buckets = f"buckets {overlap[0]}-{overlap[1] - 1} of layer {layer!r}"
                     owner = ".".join(map(str, other_path))
-                    problems.add((*path, "buckets"), f"{buckets} already belong to {owner}")
+                    problems.add((*claim, "buckets"), f"{buckets} already belong to {owner}")
 
 
 def _overlap(a: Ranges, b: Ranges) -> tuple[int, int] | None:
