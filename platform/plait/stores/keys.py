@@ -120,6 +120,8 @@ class StoredView:
         if name not in columns:
             raise StoreError(f"view {self.name} is keyed by {[key for key, _ in self.join_keys]}; {name!r} is missing")
         column = columns[name]
+        if kind == "int" and isinstance(column, list) and all(type(value) is int for value in column):
+            return column  # what a single read costs is by the call: Arrow would double it
         try:
             if isinstance(column, list):
                 column = pa.array(column, _ARROW[kind])

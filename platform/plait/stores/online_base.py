@@ -353,13 +353,11 @@ class PackedOnlineStore(OnlineStore):
 
 
 def _columns(features: tuple[Feature, ...], unpacked: Unpacked) -> ViewColumns:
-    columns = {
-        feature.name: protos_column(array, feature.value_type) if feature.storage.layout == "proto" else array
-        for feature, array in zip(features, unpacked.arrays, strict=True)
-    }
-    return ViewColumns(
-        columns=columns, event_us=unpacked.event_us, found=unpacked.found, expired=unpacked.expired
-    )
+    columns = {feature.name: array for feature, array in zip(features, unpacked.arrays, strict=True)}
+    for feature in features:
+        if feature.storage.layout == "proto":
+            columns[feature.name] = protos_column(columns[feature.name], feature.value_type)
+    return ViewColumns(columns=columns, event_us=unpacked.event_us, found=unpacked.found, expired=unpacked.expired)
 
 
 def _feast_rows(features: tuple[Feature, ...], unpacked: Unpacked) -> list[ReadRow]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -34,7 +35,7 @@ HEADER_WORDS = 3
 _CUT_SHORT = "a stored row ends before its values do; materialize the view again"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Feature:
     """One stored feature."""
 
@@ -44,7 +45,7 @@ class Feature:
     def __hash__(self) -> int:
         return hash(self.name)  # reads look plans up by their features; an enum hashes slowly
 
-    @property
+    @cached_property
     def storage(self) -> Storage:
         return storage_of(self.value_type)
 
@@ -282,6 +283,10 @@ class _Plan:
     stored: tuple[tuple[ValueType, Storage] | None, ...]  # per wanted feature, as the row has it; None: it lacks it
     wanted: tuple[tuple[ValueType, Storage], ...]
     has_tail: bool
+    header: struct.Struct  # header and validity of one row
+    # Per wanted feature: the word of its validity, the bit in it, its slot, and (type, values per word). Empty unless
+    # all wanted are words of the wanted type that Arrow can view in place.
+    single: tuple[tuple[int, int, int, tuple[pa.DataType, int]], ...]
 
 
 @lru_cache(maxsize=512)
@@ -295,7 +300,46 @@ def _plan(schema: RowSchema, wanted: tuple[Feature, ...]) -> _Plan:
         stored=tuple((feature.value_type, feature.storage) if feature else None for feature in stored),
         wanted=tuple((feature.value_type, feature.storage) for feature in wanted),
         has_tail=not all(feature.storage.in_word for feature in schema.features),
+        header=struct.Struct(f"<{HEADER_WORDS + schema.validity_words}q"),
+        single=_single(schema, held, wanted),
     )
+
+
+def _single(schema: RowSchema, held: Sequence[int | None], wanted: Sequence[Feature]) -> tuple[Any, ...]:
+    first_slot = HEADER_WORDS + schema.validity_words
+    single = []
+    for position, feature in zip(held, wanted, strict=True):
+        arrow = feature.storage.arrow
+        same = position is not None and schema.features[position] == feature
+        if position is None or not same or not feature.storage.in_word or pa.types.is_float32(arrow):
+            return ()
+        place = (HEADER_WORDS + position // 64, position % 64, first_slot + position)
+        single.append((*place, (arrow, _values_per_word(arrow))))
+    return tuple(single)
+
+
+def _unpack_one(row: bytes, plan: _Plan, oldest_us: int | None) -> Unpacked:
+    """A single row of plain values: its arrays are views on the row, as most of a small read's cost is in calls."""
+    header = plan.header.unpack_from(row)
+    expired = oldest_us is not None and header[1] < oldest_us
+    buffer = pa.py_buffer(row)
+    arrays = []
+    for word, bit, slot, (arrow, per_word) in plan.single:
+        if expired or not header[word] >> bit & 1:
+            arrays.append(_one_null(arrow))
+        else:
+            arrays.append(pa.Array.from_buffers(arrow, 1, [None, buffer], 0, slot * per_word))
+    return Unpacked(arrays, np.array(header[1:2]), np.array([True]), np.array([expired]))
+
+
+@lru_cache
+def _one_null(arrow: pa.DataType) -> pa.Array:
+    return pa.nulls(1, arrow)
+
+
+def _values_per_word(arrow: pa.DataType) -> int:
+    """How many values of a type lie in a word, of which the first is the one that is stored there."""
+    return 64 // arrow.bit_width
 
 
 def _unpack_alike(
@@ -303,6 +347,8 @@ def _unpack_alike(
 ) -> Unpacked:
     plan = _plan(schema, wanted)
     n_rows, size = len(rows), 8 * schema.words
+    if plan.single and n_rows == 1 and rows[0] is not None and len(rows[0]) >= size:
+        return _unpack_one(rows[0], plan, oldest_us)
     found = np.array([row is not None for row in rows])
     null_row = schema.null_row
     full = [row or null_row for row in rows]

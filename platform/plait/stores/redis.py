@@ -7,6 +7,7 @@ One Redis (or a primary with replicas behind one address); not Redis Cluster, wh
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -72,6 +73,7 @@ class PackedRedisOnlineStore(PackedOnlineStore):
         super().__init__()
         self._lock = threading.Lock()
         self._clients: dict[str, tuple[Redis, str]] = {}
+        self._local = threading.local()
 
     def fetch(
         self, config: RepoConfig, wanted: Sequence[tuple[StoredView, list[Key | None]]]
@@ -88,7 +90,7 @@ class PackedRedisOnlineStore(PackedOnlineStore):
         with self._errors(config):
             client, _ = self._client(config)
             for start in range(0, len(unique), KEYS_PER_READ):
-                found += cast(list[bytes | None], client.mget(unique[start : start + KEYS_PER_READ]))
+                found += self._mget(client, unique[start : start + KEYS_PER_READ])
         rows = dict(zip(unique, found, strict=True))
         return [[None if name is None else rows[name] for name in names] for names in asked]
 
@@ -115,6 +117,28 @@ class PackedRedisOnlineStore(PackedOnlineStore):
                     names = [name(key) for key in keys[start:end]]
                     pipe.evalsha(script, len(names), *names, *rows[start:end], ttl)
                 pipe.execute()
+
+    def _mget(self, client: Redis, names: Sequence[bytes]) -> list[bytes | None]:
+        """MGET over this thread's own connection, in half the time of the client's general way."""
+        from redis.exceptions import ConnectionError as Gone
+
+        owner = (os.getpid(), client)  # a forked child, or another Redis, needs a connection of its own
+        if getattr(self._local, "owner", None) != owner:
+            self._local.owner, self._local.connection = owner, client.connection_pool.make_connection()
+        connection = self._local.connection
+        command = [b"*%d\r\n$4\r\nMGET\r\n" % (len(names) + 1)]
+        command += [b"$%d\r\n%b\r\n" % (len(name), name) for name in names]
+        packed = b"".join(command)
+        for attempt in (1, 2):
+            try:
+                connection.send_packed_command([packed])
+                return cast(list[bytes | None], connection.read_response())
+            except BaseException as error:
+                connection.disconnect()  # half an answer may be on its way: nothing else may read it
+                # Redis was restarted, or closed a connection that idled: a read may be asked again, once.
+                if attempt == 2 or not isinstance(error, Gone):
+                    raise
+        raise AssertionError("the loop returns or raises")
 
     def load_schemas(self, config: RepoConfig) -> dict[bytes, str]:
         with self._errors(config):

@@ -157,7 +157,7 @@ class PackedSQLiteOnlineStore(PackedOnlineStore):
 
     def path(self, config: RepoConfig) -> Path:
         """The database file, absolute."""
-        return _resolve(config.online_store.path, str(config.repo_path or ""), os.environ.get("PLAIT_HOME", ""))
+        return _resolve(config.online_store.path, str(config.repo_path or ""))
 
     @contextmanager
     def _transaction(self, config: RepoConfig) -> Iterator[sqlite3.Connection]:
@@ -197,8 +197,8 @@ class PackedSQLiteOnlineStore(PackedOnlineStore):
 
 
 @lru_cache
-def _resolve(path: str, repo_path: str, home: str) -> Path:
-    plain = Path(path)
+def _resolve(path: str, repo_path: str) -> Path:
+    plain, home = Path(path), os.environ.get("PLAIT_HOME")
     if plain.is_absolute():
         return plain
     project = Path(repo_path).absolute()
