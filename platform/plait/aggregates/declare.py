@@ -53,12 +53,13 @@ def aggregate_view(
     Raises SpecError if the declaration cannot be.
     """
     from feast import FeatureView, Field
+    from feast.types import from_value_type
 
     keys = tuple(entity.join_key for entity in entities)
     spec = AggregateSpec(
         name=name, keys=keys, events=events, windows=tuple(windows), cadence=cadence, features=tuple(features)
     )
-    fields = []
+    fields = [Field(name=entity.join_key, dtype=from_value_type(entity.value_type)) for entity in entities]
     for feature in spec.features:
         dtype = _dtype(spec, feature)
         for column in [f"{feature.name}_{window}" for window in spec.windows] if feature.windowed else [feature.name]:
