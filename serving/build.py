@@ -34,14 +34,14 @@ if TYPE_CHECKING:
     from plait.artifacts import ArtifactManifest
 
 
-def build_parts(home: Home, *, label: str = "serve", n_reads: int = 8) -> Parts:
+def build_parts(home: Home, *, label: str = "serve", n_reads: int = 8, metrics_folder: Path | None = None) -> Parts:
     """Everything a server needs, started: models loaded, configuration read, log open. Close it before exit.
 
     Raises PlaitError with what to do if the feature store, the registry or the configuration is not there.
     """
     scenes = load_scenes(scenes_file(home))
     clock = Clock.of(home)
-    metrics = Metrics()
+    metrics = Metrics(metrics_folder)
     store = open_store(home)
     registry = ModelRegistry(home)
     live = LiveConfig(ConfigStore.at(home), on_change=lambda _: metrics.config_reloads.labels("adopted").inc())

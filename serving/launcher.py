@@ -38,7 +38,7 @@ def serve_forever(
     go_lean()
     say("loading Feast and onnxruntime …")
     # Before prometheus_client is first imported: it looks for the folder then.
-    with metrics_folder():
+    with metrics_folder() as folder:
         importlib.import_module("serving.build")  # once, before the fork: the workers share its pages
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         say(f"{workers} worker{'s' if workers > 1 else ''} on {url}")
@@ -48,7 +48,7 @@ def serve_forever(
             ("/metrics", "Prometheus"),
         ):
             say(f"  {url}{path:<14} {what}")
-        loader = partial(load_worker, home=home, threads=threads, access_log=access_log)
+        loader = partial(load_worker, home=home, threads=threads, access_log=access_log, metrics_folder=folder)
         run_workers(loader, host=host, port=port, workers=workers, threads=threads)
 
 
@@ -73,7 +73,7 @@ def run_workers(load: Callable[[], Any], *, host: str, port: int, workers: int, 
     server.serve(target_loader=load, wrap_loader=False)
 
 
-def load_worker(*, home: Home, threads: int, access_log: bool) -> Any:
+def load_worker(*, home: Home, threads: int, access_log: bool, metrics_folder: Path) -> Any:
     """The WSGI application of this worker. A PlaitError is printed and ends the worker."""
     go_lean()
     started = time.perf_counter()
@@ -82,7 +82,7 @@ def load_worker(*, home: Home, threads: int, access_log: bool) -> Any:
     from serving.build import build_parts
 
     try:
-        parts = build_parts(home, n_reads=threads + 4)
+        parts = build_parts(home, n_reads=threads + 4, metrics_folder=metrics_folder)
     except PlaitError as error:
         print(f"plait: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
@@ -139,12 +139,12 @@ def _has_rows(database: Path, table: str) -> bool:
 
 
 @contextmanager
-def metrics_folder() -> Iterator[None]:
+def metrics_folder() -> Iterator[Path]:
     """A fresh folder in which the workers of this server add up their metrics; it goes when the server does."""
     folder = tempfile.mkdtemp(prefix="plait-metrics-")
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
     try:
-        yield
+        yield Path(folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

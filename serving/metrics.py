@@ -22,9 +22,10 @@ _PID = re.compile(r"gauge_live\w*_(\d+)\.db\Z")
 
 
 class Metrics:
-    """All that a worker counts."""
+    """All that a worker counts. folder: where the workers of a server add up; None: this process alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
         self.registry = CollectorRegistry()
         r = self.registry
         self.requests = Counter(
@@ -93,12 +94,12 @@ class Metrics:
         return generate_latest(self._readable())
 
     def _readable(self) -> CollectorRegistry:
-        folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
-        if not folder:
+        # Not asked of the environment: importing Feast sets that variable to a folder of its own.
+        if self._folder is None:
             return self.registry
-        forget_dead_workers(Path(folder))
+        forget_dead_workers(self._folder)
         registry = CollectorRegistry()
-        MultiProcessCollector(registry, path=folder)
+        MultiProcessCollector(registry, path=str(self._folder))
         return registry
 
 

@@ -251,8 +251,14 @@ def shared_world() -> Iterator[World]:
 
 
 @contextmanager
-def make_world() -> Iterator[World]:
-    registry, reader, snapshot, log, metrics = FakeRegistry(), FakeReader(), FakeSnapshot(), FakeLog(), Metrics()
+def make_world(metrics_folder: Path | None = None) -> Iterator[World]:
+    registry, reader, snapshot, log, metrics = (
+        FakeRegistry(),
+        FakeReader(),
+        FakeSnapshot(),
+        FakeLog(),
+        Metrics(metrics_folder),
+    )
     scorers: dict[str, FakeScorer] = {}
 
     def load(version: FakeVersion) -> ServingModel:
