@@ -138,42 +138,58 @@ def parse_weights(text: str | None) -> dict[str, float] | None:
 
 
 @click.command()
-@click.option("--baseline", type=float, required=True, help="The metric's value in control (a share, or a mean).")
+@click.option("--baseline", type=float, help="The metric's value in control (a share, or a mean).")
 @click.option("--std", type=float, help="Standard deviation of one unit's value; not needed for a share.")
 @click.option(
-    "--effect", type=float, default=0.02, show_default=True, help="Relative effect worth finding: 0.02 is +2 %."
+    "--like", "experiment", help="Take baseline, spread, CUPED and traffic from this experiment's control arm."
 )
+@click.option("--metric", help="With --like: which metric (default: its first primary one).")
+@click.option("--effect", type=float, default=0.02, show_default=True, help="Relative effect worth finding.")
 @click.option("--alpha", type=float, default=0.05, show_default=True)
 @click.option("--power", "wanted", type=float, default=0.8, show_default=True)
 @click.option("--arms", type=int, default=2, show_default=True, help="Arms in all, with equal shares.")
-@click.option("--variance-removed", type=float, default=0.0, help="Share of variance that CUPED removes.")
+@click.option("--variance-removed", type=float, help="Share of variance that CUPED removes (default: 0).")
 @click.option("--looks", type=int, default=5, show_default=True, help="Looks of the group-sequential rule.")
 @click.option("--daily-units", type=float, help="New units a day, over all arms: also says how many days.")
 @click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True)
 def power(
-    baseline: float,
+    baseline: float | None,
     std: float | None,
+    experiment: str | None,
+    metric: str | None,
     effect: float,
     alpha: float,
     wanted: float,
     arms: int,
-    variance_removed: float,
+    variance_removed: float | None,
     looks: int,
     daily_units: float | None,
     form: str,
 ) -> None:
     """How many units an experiment needs to find an effect, under each decision rule.
 
-    More than two arms are corrected by Bonferroni, as Holm's first step is.
+    Give --baseline (and --std for a mean), or --like an experiment that has run. More than two arms are corrected by
+    Bonferroni, as Holm's first step is. What a running experiment can find by now is in its report.
     """
+    if experiment is not None:
+        past = like_experiment(experiment, metric)
+        baseline = past["baseline"] if baseline is None else baseline
+        std = past["std"] if std is None else std
+        variance_removed = past["variance_removed"] if variance_removed is None else variance_removed
+        daily_units = past["daily_units"] if daily_units is None else daily_units
+    if baseline is None:
+        raise SpecError("give --baseline, the metric's value in control, or --like an experiment that has run")
     answer = power_plan(
         baseline=baseline, std=std, effect=effect, alpha=alpha, power=wanted, arms=arms,
-        variance_removed=variance_removed, looks=looks, daily_units=daily_units,
+        variance_removed=variance_removed or 0.0, looks=looks, daily_units=daily_units,
     )  # fmt: skip
     if form == "json":
         click.echo(orjson.dumps(answer, option=orjson.OPT_INDENT_2).decode())
         return
-    click.echo(f"To find {effect:+.2%} on {baseline:g} with a power of {wanted:.0%} at alpha {alpha:g}, {arms} arms:")
+    click.echo(
+        f"To find {effect:+.2%} on {baseline:.5g} (standard deviation {answer['std']:.5g}) with a power of {wanted:.0%} "
+        f"at alpha {alpha:g}, {arms} arms:"
+    )
     for rule, row in answer["rules"].items():
         days = f", {row['days']:,.1f} days" if "days" in row else ""
         click.echo(
@@ -182,6 +198,38 @@ def power(
         )
     for row in answer["detectable"]:
         click.echo(f"  after {row['days']:>3} days a fixed look finds {row['effect']:+.2%}")
+
+
+def like_experiment(experiment: str, metric: str | None) -> dict[str, float]:
+    """Baseline, standard deviation of a unit, share of variance that CUPED removed and daily units of a past one."""
+    from dataclasses import replace
+
+    from experiments.report import build_report
+    from experiments.report_plan import chosen_metrics
+    from experiments.report_source import find_plan, project_metrics
+    from plait.eventlog import roll
+    from plait.settings import find_home
+
+    home = find_home()
+    roll(home)
+    plan = find_plan(home, experiment)
+    metrics = chosen_metrics(project_metrics(home), plan)
+    chosen = metrics.get(metric) if metric else metrics.primaries[0]
+    metrics = replace(metrics, metrics=(chosen,), analysis=replace(metrics.analysis, bootstrap=0))
+    bare = replace(plan, metrics=(), primary=None, guardrails=())
+    result = build_report(home, experiment, plan=bare, metrics=metrics, despite_mismatch=True, depth=False)
+    control = result.metrics[0].arms[0] if result.metrics else None
+    if control is None or control.n < 2 or not control.value or not control.se > 0:
+        raise SpecError(
+            f"the control arm of {experiment!r} has no {chosen.name} that varies; give --baseline and --std"
+        )
+    days = max(len(result.daily_units), 1)
+    return {
+        "baseline": control.value,
+        "std": control.se * math.sqrt(control.n),
+        "variance_removed": result.metrics[0].variance_removed or 0.0,
+        "daily_units": sum(result.counts.units.values()) / days,
+    }
 
 
 def power_plan(

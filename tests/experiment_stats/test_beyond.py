@@ -163,7 +163,7 @@ def test_linucb_is_ridge_regression_and_its_bound():
 
 
 def test_a_contextual_bandit_learns_whom_to_show_what_and_its_log_values_other_policies():
-    """Two kinds of users who like opposite arms; the log's propensities then price the best policy and a constant one."""
+    """Two kinds of users like opposite arms; the log's propensities price the best policy and a constant one."""
     rng = np.random.default_rng(8)
     bandit = LinearBandit.fresh(["a", "b"], 2, floor=0.05)
     parameter = BanditParameter(parameter="rank.model", values={"a": "deepfm", "b": "lightgbm"}, policy=bandit)

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from experiments.metrics import parse_metrics
 from experiments.report import build_report
-from experiments.report_commands import parse_weights, power_plan, render, report
+from experiments.report_commands import parse_weights, power, power_plan, render, report
 from experiments.stats.cuped import cuped_means
 from experiments.stats.effects import difference
 from experiments.stats.moments import Moments, PairMoments, mean_estimate, ratio_estimate
@@ -475,6 +475,20 @@ def test_the_command_writes_a_page_and_prints_the_conclusion(log, monkeypatch):
         report, ["test", "--since", "2026-03-01", "--until", "2026-03-30", "--decision", "fixed"]
     )
     assert "Sample ratio" in plain.output
+
+
+def test_power_takes_its_numbers_from_an_experiment_that_has_run(log, monkeypatch):
+    effect_log(log, 0.0, n=2000)
+    monkeypatch.chdir(log.home.project)
+    result = CliRunner().invoke(power, ["--like", "test", "--metric", "clicks_per_user", "--format", "json"])
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.output)
+    assert plan["baseline"] == pytest.approx(5.0, abs=0.2)
+    assert plan["std"] == pytest.approx(math.sqrt(5.0), abs=0.2)
+    assert plan["rules"]["fixed"]["days"] == pytest.approx(plan["rules"]["fixed"]["units"] / 1000)
+    for wrong, says in ((["--like", "test", "--metric", "x"], "no metric 'x'"), ([], "give --baseline")):
+        with pytest.raises(SpecError, match=says):
+            CliRunner().invoke(power, wrong, catch_exceptions=False)
 
 
 def test_power_plans_agree_with_statsmodels_and_refuse_nonsense():
