@@ -10,12 +10,14 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from plait.errors import StoreError
 
@@ -47,6 +49,11 @@ def literal(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
+def one_line(error: Exception) -> str:
+    """DuckDB's message without the drawing of where in the query it is."""
+    return " ".join(str(error).split("\nLINE ")[0].split())
+
+
 @contextmanager
 def connect(limits: EngineLimits, *, search_path: Path | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
     """A fresh in-memory database in UTC, closed and its spill folder removed at the end.
@@ -64,7 +71,7 @@ def connect(limits: EngineLimits, *, search_path: Path | None = None) -> Iterato
             db = duckdb.connect(":memory:", config=config)
         except duckdb.Error as error:
             raise StoreError(
-                f"DuckDB did not take the offline store's settings ({limits}): {error}. "
+                f"DuckDB did not take the offline store's settings ({limits}): {one_line(error)}. "
                 "Correct memory_limit, threads or temp_directory under offline_store in feature_store.yaml"
             ) from error
         try:
@@ -89,26 +96,35 @@ def _spill_folder(base: Path | None) -> Iterator[Path]:
     parent = base or Path(tempfile.gettempdir())
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=_SPILL_PREFIX, dir=parent))
+        with _locked(parent):  # nobody takes a folder for a left-over before its owner has locked it
+            _remove_left_overs(parent)
+            folder = Path(tempfile.mkdtemp(prefix=_SPILL_PREFIX, dir=parent))
+            lock = os.open(folder, os.O_RDONLY)
+            fcntl.flock(lock, fcntl.LOCK_EX)
     except OSError as error:
         raise StoreError(
             f"the offline store cannot spill to {parent}: {error}; set offline_store.temp_directory to a folder "
             "that can be written"
         ) from error
-    lock = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        _remove_left_overs(parent, keep=folder)
         yield folder
     finally:
-        os.close(lock)
         shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
 
 
-def _remove_left_overs(parent: Path, *, keep: Path) -> None:
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _remove_left_overs(parent: Path) -> None:
     for other in parent.glob(f"{_SPILL_PREFIX}*"):
-        if other == keep:
-            continue
         # Gone already, another user's, or in use: each is a reason to leave it alone.
         with suppress(OSError):
             handle = os.open(other, os.O_RDONLY)
@@ -120,16 +136,33 @@ def _remove_left_overs(parent: Path, *, keep: Path) -> None:
 
 
 @contextmanager
-def plain_errors(limits: EngineLimits, *, doing: str) -> Iterator[None]:
-    """Turn DuckDB's errors into StoreError that says what was being done and what to do next."""
+def plain_errors(limits: EngineLimits, *, doing: str, files: Sequence[str] = ()) -> Iterator[None]:
+    """Turn DuckDB's errors into StoreError that says what was being done and what to do next.
+
+    `files` are the parquet files it reads (the list may still grow): those that turn out corrupt are named.
+    """
     try:
         yield
-    except duckdb.OutOfMemoryException as error:
-        raise StoreError(
-            f"{doing}: out of memory under {limits}. Raise offline_store.memory_limit, lower threads, "
-            f"or give temp_directory more room ({error})"
-        ) from error
-    except duckdb.IOException as error:
-        raise StoreError(f"{doing}: reading or spilling failed under {limits}: {error}") from error
     except duckdb.Error as error:
-        raise StoreError(f"{doing}: {error}") from error
+        text = one_line(error)
+        if isinstance(error, duckdb.OutOfMemoryException) or "Out of Memory" in text:
+            raise StoreError(
+                f"{doing}: out of memory under {limits}. Raise offline_store.memory_limit, lower threads, "
+                f"or give temp_directory more room ({text})"
+            ) from error
+        if not isinstance(error, duckdb.ProgrammingError) and (broken := broken_parts(files)):
+            raise StoreError(f"{doing}: corrupt parquet: {broken}. Remove or rewrite it, then run again") from error
+        raise StoreError(f"{doing}: {text} (under {limits})") from error
+
+
+def broken_parts(files: Sequence[str]) -> str:
+    """The files that cannot be read to their end, each with the reason; "" if all can."""
+    broken = []
+    for file in files:
+        try:
+            with pq.ParquetFile(file) as part:
+                for group in range(part.num_row_groups):
+                    part.read_row_group(group)
+        except (OSError, pa.ArrowException, ValueError) as reason:
+            broken.append(f"{file} ({one_line(reason)})")
+    return "; ".join(broken)

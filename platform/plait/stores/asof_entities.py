@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Protocol
@@ -22,7 +22,7 @@ from feast.data_source import DataSource
 from feast.errors import EntityTimestampInferenceException
 
 from plait.errors import StoreError, did_you_mean
-from plait.stores.asof_engine import quote
+from plait.stores.asof_engine import one_line, quote
 from plait.stores.asof_sources import is_remote, parquet_relation, resolve_path, source_relation
 from plait.stores.asof_sql import AT, ROW, TimeRange, ViewPlan, micros
 
@@ -41,6 +41,7 @@ class BoundEntities:
     time_column: str
     bounds: TimeRange
     n_rows: int | None
+    files: tuple[str, ...] = ()
 
     def check_keys(self, view: ViewPlan) -> None:
         """Raises StoreError unless the frame has the view's keys, in types that can be compared."""
@@ -102,7 +103,8 @@ class ParquetEntities:
         relation = parquet_relation(db, self.path, name="the entity frame")
         # A part holds fewer than 2^40 rows, so this is unique and in order of part, then row.
         row = "(file_index::BIGINT << 40) + file_row_number"
-        return _bind_query(db, relation.sql, relation.columns, row=row, n_rows=relation.n_rows)
+        bound = _bind_query(db, relation.sql, relation.columns, row=row, n_rows=relation.n_rows)
+        return replace(bound, files=relation.files)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,7 +125,7 @@ class QueryEntities:
             db.execute(f"CREATE TEMP TABLE __query AS FROM ({query})")
         except duckdb.Error as error:
             raise StoreError(
-                f"the entity query does not run: {error}. It is SQL for DuckDB; tables it may name: "
+                f"the entity query does not run: {one_line(error)}. It is SQL for DuckDB; tables it may name: "
                 f"{', '.join(sorted(self.sources)) or 'none'}, read_parquet('…')"
             ) from error
         columns = {row[0]: row[1] for row in db.execute("DESCRIBE __query").fetchall()}
@@ -200,11 +202,11 @@ def from_micros(at: int | None) -> datetime | None:
 
 def _from_pandas(frame: pd.DataFrame) -> pa.Table:
     """Arrow of a frame whose time column may be text or hold a mix of zones."""
-    name = _time_column({column: str(dtype) for column, dtype in frame.dtypes.items()}, _is_pandas_time)
+    name = _time_column({str(column): str(dtype) for column, dtype in frame.dtypes.items()}, _is_pandas_time)
     times = frame[name]
     if not isinstance(times.dtype, pd.DatetimeTZDtype) and not pd.api.types.is_datetime64_dtype(times.dtype):
         try:
-            frame = frame.assign(**{name: pd.to_datetime(times, utc=True)})
+            frame = frame.assign(**{name: pd.to_datetime(times, utc=True, format="mixed")})
         except (ValueError, TypeError) as error:
             raise StoreError(f"the entity frame's {name!r} does not hold times: {error}") from error
     try:
@@ -221,7 +223,7 @@ def _from_table(table: pa.Table) -> TableEntities:
     times = table[name]
     try:
         if pa.types.is_string(times.type) or pa.types.is_large_string(times.type):
-            times = pa.chunked_array([pa.array(pd.to_datetime(times.to_pandas(), utc=True))])
+            times = pa.chunked_array([pa.array(pd.to_datetime(times.to_pandas(), utc=True, format="mixed"))])
         # A naive timestamp is UTC; nanoseconds are cut, as DuckDB itself does.
         times = pc.cast(times, utc, safe=False)
     except (pa.ArrowException, ValueError, TypeError) as error:

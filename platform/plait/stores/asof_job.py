@@ -80,15 +80,13 @@ class DuckDBJob(RetrievalJob):
         self,
         *,
         plan: Planner,
-        limits: EngineLimits,
-        doing: str,
         repo_path: Path | None,
         on_demand: Sequence[OnDemandFeatureView] = (),
         full_feature_names: bool = False,
         metadata: RetrievalMetadata | None = None,
     ) -> None:
         super().__init__()
-        self._plan, self._limits, self._doing, self._repo_path = plan, limits, doing, repo_path
+        self._plan, self._repo_path = plan, repo_path
         self._on_demand, self._full_feature_names, self._metadata = list(on_demand), full_feature_names, metadata
 
     @property
@@ -105,7 +103,7 @@ class DuckDBJob(RetrievalJob):
 
     def to_sql(self) -> str:
         """The query, as it would run now: it names the files and the time range it found."""
-        with self._planned() as planned:
+        with self._plan() as planned:
             return planned.sql
 
     def to_arrow_reader(self, batch_rows: int = BATCH_ROWS) -> pa.RecordBatchReader:
@@ -115,7 +113,7 @@ class DuckDBJob(RetrievalJob):
         memory_limit) is in memory. Closing the reader, or reading it to its end, frees the connection.
         """
         with ExitStack() as stack:
-            planned = stack.enter_context(self._planned())
+            planned = stack.enter_context(self._plan())
             stream = planned.db.execute(planned.sql).to_arrow_reader(batch_rows)
             schema = self._streamed(stream.schema.empty_table()).schema
             # From here on the connection belongs to the stream.
@@ -182,26 +180,16 @@ class DuckDBJob(RetrievalJob):
         return self._declared(table)
 
     def _to_arrow_internal(self, timeout: int | None = None) -> pa.Table:
-        with self._planned() as planned, plain_errors(self._limits, doing=self._doing):
+        with self._plan() as planned:
             return planned.db.execute(planned.sql).to_arrow_table()
 
     def _to_df_internal(self, timeout: int | None = None) -> pd.DataFrame:
         return self._to_arrow_internal(timeout).to_pandas()
 
-    @contextmanager
-    def _planned(self) -> Iterator[Planned]:
-        with plain_errors(self._limits, doing=self._doing):
-            with self._plan() as planned:
-                yield planned
-
     def _batches(self, stream: pa.RecordBatchReader, schema: pa.Schema, stack: ExitStack) -> Iterator[pa.RecordBatch]:
         with stack:
-            try:
-                for batch in stream:
-                    yield from self._streamed(pa.Table.from_batches([batch])).cast(schema).to_batches()
-            except (OSError, pa.ArrowException) as error:
-                # DuckDB's errors cross the Arrow stream as text.
-                raise StoreError(f"{self._doing}: {error} (under {self._limits})") from error
+            while batch := _next_batch(stream):
+                yield from self._streamed(pa.Table.from_batches([batch])).cast(schema).to_batches()
 
     def _streamed(self, table: pa.Table) -> pa.Table:
         """One batch with its on-demand features."""
@@ -265,12 +253,16 @@ class PointInTime:
 
     @contextmanager
     def __call__(self) -> Iterator[Planned]:
-        with connect(self.limits, search_path=self.repo_path) as db:
-            plans = [open_view(db) for open_view in self.views]
-            bound = self.entities.bind(db, plans)
-            self._check(bound, plans)
-            settled = [self._settle(db, bound, plan) for plan in plans]
-            yield Planned(db=db, sql=join_query(bound.sql, list(bound.columns), settled, bound.bounds))
+        files: list[str] = []
+        with plain_errors(self.limits, doing="historical features", files=files):
+            with connect(self.limits, search_path=self.repo_path) as db:
+                plans = [open_view(db) for open_view in self.views]
+                files += [file for plan in plans for file in plan.relation.files]
+                bound = self.entities.bind(db, plans)
+                files += bound.files
+                self._check(bound, plans)
+                settled = [self._settle(db, bound, plan) for plan in plans]
+                yield Planned(db=db, sql=join_query(bound.sql, list(bound.columns), settled, bound.bounds))
 
     @contextmanager
     def bound(self) -> Iterator[BoundEntities]:
@@ -318,6 +310,14 @@ def _warn_withheld(db: duckdb.DuckDBPyConnection, bound: BoundEntities, plan: Vi
             CreatedCutoffWarning,
             stacklevel=2,
         )
+
+
+def _next_batch(stream: pa.RecordBatchReader) -> pa.RecordBatch | None:
+    """The next batch, or None. DuckDB's errors come through the Arrow stream as text: they become its own again."""
+    try:
+        return next(stream, None)
+    except (OSError, pa.ArrowException) as error:
+        raise duckdb.Error(str(error)) from error
 
 
 def _write_stream(path: Path, schema: pa.Schema, batches: Any) -> None:

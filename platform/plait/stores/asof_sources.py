@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -12,14 +12,13 @@ from urllib.parse import urlparse
 import duckdb
 import pyarrow as pa
 import pyarrow.dataset as ds
-import pyarrow.parquet as pq
 from feast.data_format import DeltaFormat, ParquetFormat
 from feast.data_source import DataSource
 from feast.infra.offline_stores.duckdb import _read_data_source
 from feast.infra.offline_stores.file_source import FileSource
 
 from plait.errors import StoreError, did_you_mean
-from plait.stores.asof_engine import literal, quote
+from plait.stores.asof_engine import broken_parts, literal, one_line, quote
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +30,7 @@ class Relation:
     columns: Mapping[str, str]  # name → DuckDB type
     order: tuple[str, ...]
     n_rows: int | None = None
+    files: tuple[str, ...] = ()  # the local parquet files behind it
     renamed: Mapping[str, str] = field(default_factory=dict)  # Feast's name → the column's own, by field_mapping
 
     def column(self, name: str, *, what: str) -> str:
@@ -94,14 +94,7 @@ def source_relation(db: duckdb.DuckDBPyConnection, source: DataSource, repo_path
     else:
         relation = arrow_relation(db, _arrow_of(source, repo_path), name=f"source {source.name!r}")
     renamed = {new: old for old, new in mapping.items() if old in relation.columns}
-    return Relation(
-        name=relation.name,
-        sql=relation.sql,
-        columns=relation.columns,
-        order=relation.order,
-        n_rows=relation.n_rows,
-        renamed=renamed,
-    )
+    return replace(relation, renamed=renamed)
 
 
 def parquet_relation(db: duckdb.DuckDBPyConnection, path: str, *, name: str) -> Relation:
@@ -116,7 +109,8 @@ def parquet_relation(db: duckdb.DuckDBPyConnection, path: str, *, name: str) -> 
     except duckdb.Error as error:
         raise unreadable(files, name=name, error=error) from error
     n_rows = int(counted[0]) if counted and counted[0] is not None else None
-    return Relation(name=name, sql=sql, columns=columns, order=("file_index", "file_row_number"), n_rows=n_rows)
+    order = ("file_index", "file_row_number")
+    return Relation(name=name, sql=sql, columns=columns, order=order, n_rows=n_rows, files=tuple(files))
 
 
 def arrow_relation(db: duckdb.DuckDBPyConnection, data: pa.Table | ds.Dataset, *, name: str) -> Relation:
@@ -131,15 +125,9 @@ def arrow_relation(db: duckdb.DuckDBPyConnection, data: pa.Table | ds.Dataset, *
 
 def unreadable(files: list[str], *, name: str, error: Exception) -> StoreError:
     """The error for a table DuckDB could not read: names the parts that are broken."""
-    broken = []
-    for file in files:
-        try:
-            pq.ParquetFile(file).close()
-        except (OSError, pa.ArrowException) as reason:
-            broken.append(f"{file} ({reason})")
-    if broken:
-        return StoreError(f"{name}: corrupt parquet: {'; '.join(broken)}. Remove or rewrite it, then run again")
-    return StoreError(f"{name}: its parquet files do not form one table: {error}")
+    if broken := broken_parts(files):
+        return StoreError(f"{name}: corrupt parquet: {broken}. Remove or rewrite it, then run again")
+    return StoreError(f"{name}: its parquet files do not form one table: {one_line(error)}")
 
 
 def _describe(db: duckdb.DuckDBPyConnection, sql: str) -> dict[str, str]:

@@ -67,22 +67,24 @@ def micros(column: str, type_: str) -> str:
     return f"epoch_us({column})" if type_.startswith(("TIMESTAMP", "DATE")) else f"epoch_us({column}::TIMESTAMPTZ)"
 
 
+def time_bounds(column: str, type_: str, within: TimeRange) -> list[str]:
+    """Conditions that keep `column` in the range, both ends included.
+
+    The column itself is compared, uncast, so that parquet statistics can skip row groups.
+    """
+    is_naive = type_.startswith(("TIMESTAMP", "DATE")) and "WITH TIME ZONE" not in type_
+    moment = "make_timestamp" if is_naive else "make_timestamptz"
+    bounds = [] if within.first is None else [f"{column} >= {moment}({within.first})"]
+    # Nanoseconds within the last microsecond are cut off, so they belong to it.
+    return bounds if within.last is None else [*bounds, f"{column} < {moment}({within.last + 1})"]
+
+
 def time_filter(view: ViewPlan, bounds: TimeRange) -> str:
-    """Rows that any entity row could see, by the raw column so that parquet statistics prune row groups."""
+    """Rows that any entity row could see."""
     column = view.relation.column(view.timestamp_field, what="the event timestamp")
-    parts = [f"{column} IS NOT NULL", *(f"{key} IS NOT NULL" for key in view.keys)]
-    if bounds.last is not None:
-        parts.append(f"{column} < {_moment(view, bounds.last + 1)}")
-    if bounds.first is not None and view.ttl:
-        parts.append(f"{column} >= {_moment(view, bounds.first - ttl_micros(view.ttl))}")
-    return " AND ".join(parts)
-
-
-def _moment(view: ViewPlan, at: int) -> str:
-    """`at` (microseconds) in the type of the view's timestamp column, so that the column itself needs no cast."""
-    zoned = "WITH TIME ZONE" in view.relation.type_of(view.timestamp_field)
-    naive = view.relation.type_of(view.timestamp_field).startswith(("TIMESTAMP", "DATE")) and not zoned
-    return f"make_timestamp({at})" if naive else f"make_timestamptz({at})"
+    first = bounds.first - ttl_micros(view.ttl) if bounds.first is not None and view.ttl else None
+    within = time_bounds(column, view.relation.type_of(view.timestamp_field), TimeRange(first=first, last=bounds.last))
+    return " AND ".join([f"{column} IS NOT NULL", *(f"{key} IS NOT NULL" for key in view.keys), *within])
 
 
 def ttl_micros(ttl: timedelta) -> int:

@@ -40,11 +40,11 @@ from pydantic import PositiveInt, field_validator
 
 from plait.errors import StoreError, did_you_mean
 from plait.files import atomic_file
-from plait.stores.asof_engine import EngineLimits, connect, quote
+from plait.stores.asof_engine import EngineLimits, connect, plain_errors, quote
 from plait.stores.asof_entities import Entities, RangeEntities, TableEntities, read_entities, to_micros
 from plait.stores.asof_job import AsofMetadata, DuckDBJob, OpenView, Planned, PointInTime
-from plait.stores.asof_sources import is_remote, resolve_path, source_relation
-from plait.stores.asof_sql import TimeRange, ViewPlan, micros
+from plait.stores.asof_sources import Relation, is_remote, resolve_path, source_relation
+from plait.stores.asof_sql import TimeRange, ViewPlan, micros, time_bounds
 
 
 class AsofDuckDBOfflineStoreConfig(DuckDBOfflineStoreConfig):
@@ -116,8 +116,6 @@ class AsofDuckDBOfflineStore(DuckDBOfflineStore):
         )
         return DuckDBJob(
             plan=retrieval,
-            limits=limits,
-            doing="historical features",
             repo_path=repo_path,
             on_demand=on_demand,
             full_feature_names=full_feature_names,
@@ -256,14 +254,21 @@ def _opener(
     wanted = list(dict.fromkeys(ref.removeprefix(prefix) for ref in feature_refs if ref.startswith(prefix)))
     # As in Feast: the column takes the alias or the name, without a version tag.
     full_name = view.projection.name_alias or view.name
-    keys = [column.name for column in view.entity_columns if column.name != DUMMY_ENTITY_ID]
+    join_keys = {
+        column.name: view.projection.join_key_map.get(column.name, column.name)
+        for column in view.entity_columns
+        if column.name != DUMMY_ENTITY_ID
+    }
+    features = {name: f"{full_name}__{name}" if full_feature_names else name for name in wanted}
+    # An on-demand view made from a view that was not applied yet asks for its keys too; the frame has them.
+    features = {name: result for name, result in features.items() if join_keys.get(name) != result}
 
     def open_view(db: duckdb.DuckDBPyConnection) -> ViewPlan:
         return ViewPlan(
             name=view.name,
             relation=source_relation(db, source, repo_path),
-            join_keys={key: view.projection.join_key_map.get(key, key) for key in keys},
-            features={name: f"{full_name}__{name}" if full_feature_names else name for name in wanted},
+            join_keys=join_keys,
+            features=features,
             timestamp_field=source.timestamp_field,
             created_field=source.created_timestamp_column or None,
             ttl=view.ttl or None,
@@ -303,30 +308,47 @@ def _pull(
     limits, repo_path = engine_limits(config), config.repo_path
     fields = list(dict.fromkeys([*columns, timestamp_field, *([created_field] if created_field else [])]))
 
+    within = (to_micros(start) if start else None, to_micros(end) if end else None)
+
     @contextmanager
     def plan() -> Iterator[Planned]:
-        with connect(limits) as db:
-            # Names come here as the source has them: Feast maps them before and after.
+        files: list[str] = []
+        with plain_errors(limits, doing=f"source {source.name!r}", files=files), connect(limits) as db:
             relation = source_relation(db, source, repo_path)
-            for field in fields:
-                if field not in relation.columns:
-                    raise StoreError(f"{relation.name}: no column {field!r}; {did_you_mean(field, relation.columns)}")
-            at = micros(quote(timestamp_field), relation.columns[timestamp_field])
-            where = [f"{at} >= {to_micros(start)}"] if start else []
-            where += [f"{at} <= {to_micros(end)}"] if end else []
-            sql = f"SELECT {', '.join(quote(field) for field in fields)} FROM {relation.sql}"
-            sql += f" WHERE {' AND '.join(where)}" if where else ""
-            if latest_of is not None:
-                order = [f"{at} DESC NULLS LAST"]
-                if created_field:
-                    created = micros(quote(created_field), relation.columns[created_field])
-                    order.append(f"{created} DESC NULLS LAST")
-                order += [f"{column} DESC" for column in relation.order]
-                partition = f"PARTITION BY {', '.join(quote(key) for key in latest_of)} " if latest_of else ""
-                sql += f" QUALIFY row_number() OVER ({partition}ORDER BY {', '.join(order)}) = 1"
-            yield Planned(db=db, sql=sql)
+            files += relation.files
+            yield Planned(db=db, sql=_pull_query(relation, fields, timestamp_field, created_field, within, latest_of))
 
-    return DuckDBJob(plan=plan, limits=limits, doing=f"reading source {source.name!r}", repo_path=repo_path)
+    return DuckDBJob(plan=plan, repo_path=repo_path)
+
+
+def _pull_query(
+    relation: Relation,
+    fields: Sequence[str],
+    timestamp_field: str,
+    created_field: str | None,
+    within: tuple[int | None, int | None],
+    latest_of: Sequence[str] | None,
+) -> str:
+    """`fields` of the rows within two moments; only the newest of each key if `latest_of` names the keys.
+
+    Names are the source's own: Feast maps them before and after.
+    """
+    for field in fields:
+        if field not in relation.columns:
+            raise StoreError(f"{relation.name}: no column {field!r}; {did_you_mean(field, relation.columns)}")
+    at = micros(quote(timestamp_field), relation.columns[timestamp_field])
+    first, last = within
+    sql = f"SELECT {', '.join(quote(field) for field in fields)} FROM {relation.sql}"
+    bounds = time_bounds(quote(timestamp_field), relation.columns[timestamp_field], TimeRange(first=first, last=last))
+    sql += f" WHERE {' AND '.join(bounds)}" if bounds else ""
+    if latest_of is None:
+        return sql
+    order = [f"{at} DESC NULLS LAST"]
+    if created_field:
+        order.append(f"{micros(quote(created_field), relation.columns[created_field])} DESC NULLS LAST")
+    order += [f"{column} DESC" for column in relation.order]
+    partition = f"PARTITION BY {', '.join(quote(key) for key in latest_of)} " if latest_of else ""
+    return f"{sql} QUALIFY row_number() OVER ({partition}ORDER BY {', '.join(order)}) = 1"
 
 
 def _append_part(folder: Path, table: pa.Table) -> None:

@@ -1,0 +1,199 @@
+"""Results whole, as a stream and in parquet parts are the same rows; names, aliases and on-demand features included."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from plait.errors import StoreError
+
+MICROS = pa.timestamp("us", tz="UTC")
+T0 = datetime(2024, 1, 1, tzinfo=UTC)
+
+
+def times(hours: Any) -> pa.Array:
+    return pa.array([T0 + timedelta(hours=int(hour)) for hour in hours], MICROS)
+
+
+def spend_per_visit(inputs: pd.DataFrame) -> pd.DataFrame:
+    """Row by row; a batch in which every value is null comes back as a column of objects, as pandas likes to."""
+    ratio = (inputs["spend"] / inputs["visits"].where(inputs["visits"] > 0)) * inputs["boost"]
+    return pd.DataFrame({"spend_per_visit": ratio.astype(object) if ratio.isna().all() else ratio})
+
+
+@pytest.fixture
+def shop(repo: Any, view: Any) -> Any:
+    """Views of users and of user x shop (a string key), and an on-demand view over a request field."""
+    from feast import Field, RequestSource
+    from feast.on_demand_feature_view import OnDemandFeatureView
+    from feast.types import Float64
+
+    rng = np.random.default_rng(1)
+    n = 400
+    users = pa.table(
+        {
+            "user_id": rng.integers(0, 20, n),
+            "event_timestamp": times(rng.permutation(n)),
+            "created": times(rng.permutation(n)),
+            "spend": rng.random(n),
+            "visits": pa.array(rng.integers(0, 3, n), mask=rng.random(n) < 0.2),
+            "delta_y": rng.random(n),
+        }
+    )
+    pairs = pa.table(
+        {
+            "uid": rng.integers(0, 20, n),
+            "shop": [f"shop {i}" for i in rng.integers(0, 3, n)],
+            "ts": times(rng.permutation(n)),
+            "raw_rank": rng.integers(0, 100, n),
+        }
+    )
+    users_view = view(
+        "users",
+        repo.write("users.parquet", users),
+        features={"spend": "Float64", "visits": "Int64", "delta_y": "Float64"},
+    )
+    pairs_view = view(
+        "pairs",
+        repo.write("pairs.parquet", pairs),
+        keys={"user_id": "Int64", "shop": "String"},
+        features={"rank": "Int64"},
+        timestamp="event_timestamp",
+        field_mapping={"uid": "user_id", "ts": "event_timestamp", "raw_rank": "rank"},
+    )
+    boost = RequestSource(name="request", schema=[Field(name="boost", dtype=Float64)])
+    on_demand = OnDemandFeatureView(
+        name="ratios",
+        sources=[users_view, boost],
+        schema=[Field(name="spend_per_visit", dtype=Float64)],
+        udf=spend_per_visit,
+        udf_string=(
+            "def spend_per_visit(inputs):\n"
+            "    ratio = (inputs['spend'] / inputs['visits'].where(inputs['visits'] > 0)) * inputs['boost']\n"
+            "    return pd.DataFrame({'spend_per_visit': ratio.astype(object) if ratio.isna().all() else ratio})\n"
+        ),
+        mode="pandas",
+    )
+    repo.apply([users_view, pairs_view, on_demand])
+    repo.entities = pa.table(
+        {
+            "user_id": rng.integers(0, 25, 1_000),
+            "shop": [f"shop {i}" for i in rng.integers(0, 4, 1_000)],
+            "event_timestamp": times(rng.integers(0, n, 1_000)),
+            "boost": rng.random(1_000),
+        }
+    )
+    repo.features = ["users:spend", "users:visits", "users:delta_y", "pairs:rank", "ratios:spend_per_visit"]
+    return repo
+
+
+@pytest.mark.parametrize("full_names", [False, True])
+def test_a_stream_and_parquet_parts_hold_what_the_whole_result_holds(shop: Any, full_names: bool) -> None:
+    job = shop.store().get_historical_features(shop.entities, shop.features, full_feature_names=full_names)
+    whole = job.to_arrow()
+    assert ("users__delta_y" if full_names else "delta_y") in whole.column_names
+    assert 0 < whole[-1].null_count < len(whole)
+    with job.to_arrow_reader(batch_rows=64) as reader:
+        batches = list(reader)
+    assert max(batch.num_rows for batch in batches) <= 64
+    assert pa.Table.from_batches(batches).equals(whole)
+    parts = job.to_parquet("result/parts", rows_per_part=300, batch_rows=77)
+    assert [part.relative_to(shop.path).as_posix() for part in parts] == [
+        f"result/parts/part-0000{i}.parquet" for i in range(4)
+    ]
+    assert [pq.ParquetFile(part).metadata.num_rows for part in parts] == [300, 300, 300, 100]
+    assert pq.read_table(parts[0].parent).equals(whole)
+
+
+def test_parts_are_not_written_over_and_not_left_half_done(shop: Any) -> None:
+    from feast.errors import RequestDataNotFoundInEntityDfException
+
+    job = shop.store().get_historical_features(shop.entities, ["users:spend"])
+    job.to_parquet("out")
+    with pytest.raises(StoreError, match="exists; pass overwrite=True"):
+        job.to_parquet("out")
+    job.to_parquet("out", overwrite=True)
+    broken = shop.store().get_historical_features(shop.entities.drop_columns("boost"), shop.features)
+    with pytest.raises(RequestDataNotFoundInEntityDfException, match="boost"):
+        broken.to_parquet("other")
+    assert sorted(path.name for path in shop.path.iterdir() if "out" in path.name or "other" in path.name) == ["out"]
+
+
+def test_an_empty_result_is_one_empty_part(shop: Any) -> None:
+    job = shop.store().get_historical_features(shop.entities.slice(0, 0), ["users:spend"])
+    (part,) = job.to_parquet("empty")
+    assert pq.read_table(part).schema == job.to_arrow().schema
+
+
+def test_a_reader_that_is_dropped_early_frees_its_spill_folder(shop: Any) -> None:
+    store = shop.store(temp_directory="spill")
+    job = store.get_historical_features(shop.entities, shop.features)
+    reader = job.to_arrow_reader(batch_rows=10)
+    reader.read_next_batch()
+    assert len(list((shop.path / "spill").iterdir())) == 1
+    reader.close()
+    del reader
+    assert list((shop.path / "spill").iterdir()) == []
+
+
+def test_projections_and_aliases_of_a_feature_service(shop: Any) -> None:
+    from feast import FeatureService
+
+    # Feast cannot compare a projection that has an alias with one of the same view that has none.
+    users = shop.store().get_feature_view("users")[["spend"]]
+    friend = users.with_name("friend").with_join_key_map({"user_id": "friend_id"})
+    shop.store().apply([FeatureService(name="service", features=[users.with_name("me"), friend])])
+    friends = np.random.default_rng(3).permutation(shop.entities["user_id"].to_numpy())
+    entities = shop.entities.append_column("friend_id", pa.array(friends))
+    service = shop.store().get_feature_service("service")
+    result = shop.store().get_historical_features(entities, service, full_feature_names=True).to_arrow()
+    as_users = shop.entities.set_column(0, "user_id", pa.array(friends))
+    alone = shop.store().get_historical_features(as_users, ["users:spend"]).to_arrow()
+    assert result.column_names[-2:] == ["me__spend", "friend__spend"]
+    assert result["friend__spend"].equals(alone["spend"])
+    assert not result["friend__spend"].equals(result["me__spend"])
+
+
+def test_many_threads_share_one_store(shop: Any) -> None:
+    store = shop.store()
+    slices = [shop.entities.slice(i * 100, 100) for i in range(10)]
+    whole = store.get_historical_features(shop.entities, shop.features).to_arrow()
+    start = threading.Barrier(5)
+
+    def ask(piece: pa.Table) -> pa.Table:
+        if start.n_waiting < 5 and not start.broken:
+            start.wait(timeout=30)
+        return store.get_historical_features(piece, shop.features).to_arrow()
+
+    with ThreadPoolExecutor(5) as pool:
+        answers = list(pool.map(ask, slices))
+    assert pa.concat_tables(answers).equals(whole)
+
+
+def test_a_view_without_entities_joins_on_time_alone(repo: Any) -> None:
+    from feast import FeatureView, Field, FileSource
+    from feast.types import Float64
+
+    path = repo.write("rates.parquet", pa.table({"event_timestamp": times([1, 5]), "rate": [0.1, 0.5]}))
+    source = FileSource(name="rates_source", path=path, timestamp_field="event_timestamp")
+    repo.apply([FeatureView(name="rates", entities=[], schema=[Field(name="rate", dtype=Float64)], source=source)])
+    frame = pa.table({"id": [1, 2, 3], "event_timestamp": times([0, 4, 9])})
+    assert repo.store().get_historical_features(frame, ["rates:rate"]).to_arrow()["rate"].to_pylist() == [
+        None,
+        0.1,
+        0.5,
+    ]
+
+
+def test_the_query_can_be_read(shop: Any) -> None:
+    sql = shop.store().get_historical_features(shop.entities, shop.features).to_sql()
+    assert sql.count("ASOF LEFT JOIN") == 2
+    assert "users.parquet" in sql
