@@ -48,8 +48,17 @@ class Repo:
         return self.stores[key]
 
     def apply(self, objects: list[Any]) -> None:
-        """Register the objects, for every store of this repo."""
-        self.store().apply(objects)
+        """Register the objects and the entities that the views name, for every store of this repo."""
+        from feast import Entity, FeatureView
+
+        entities = {
+            field.name: Entity(name=field.name, join_keys=[field.name], value_type=field.dtype.to_value_type())
+            for view in objects
+            if isinstance(view, FeatureView)
+            for field in view.schema
+            if field.name in view.entities
+        }
+        self.store().apply([*entities.values(), *objects])
         for store in self.stores.values():
             store.refresh_registry()
 

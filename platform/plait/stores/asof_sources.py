@@ -64,7 +64,8 @@ def is_remote(uri: str) -> bool:
 def parquet_files(path: str, *, name: str) -> list[str]:
     """The parquet files at `path`: itself, or all below it in name order, but none that is hidden or half-written.
 
-    A name that begins with "." or "_" (of a file or of a folder below `path`) is not data. Raises StoreError.
+    A name that begins with "." or "_" (of a file or of a folder below `path`) is not data, unless it is a partition
+    (`_key=value`). Raises StoreError.
     """
     root = Path(path)
     if root.is_file():
@@ -76,11 +77,15 @@ def parquet_files(path: str, *, name: str) -> list[str]:
         )
     files = []
     for folder, folders, names in os.walk(root):
-        folders[:] = sorted(f for f in folders if not f.startswith((".", "_")))
-        files += [str(Path(folder) / n) for n in names if n.endswith(".parquet") and not n.startswith((".", "_"))]
+        folders[:] = [name for name in folders if not _is_hidden(name)]
+        files += [str(Path(folder) / name) for name in names if name.endswith(".parquet") and not _is_hidden(name)]
     if not files:
         raise StoreError(f"{name}: no *.parquet file in the folder {path}; write the table first")
     return sorted(files)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or (name.startswith("_") and "=" not in name)
 
 
 def source_relation(db: duckdb.DuckDBPyConnection, source: DataSource, repo_path: Path | None) -> Relation:

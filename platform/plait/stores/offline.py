@@ -29,7 +29,12 @@ from feast.data_format import ParquetFormat
 from feast.data_source import DataSource
 from feast.feature_logging import LoggingConfig, LoggingSource
 from feast.feature_view import DUMMY_ENTITY_ID, FeatureView
-from feast.infra.offline_stores.duckdb import DuckDBOfflineStore, DuckDBOfflineStoreConfig
+from feast.infra.offline_stores.duckdb import (
+    DuckDBOfflineStore,
+    DuckDBOfflineStoreConfig,
+    _duckdb_categorical_stats,
+    _duckdb_numeric_stats,
+)
 from feast.infra.offline_stores.file_source import FileLoggingDestination, FileSource
 from feast.infra.offline_stores.offline_utils import get_pyarrow_schema_from_batch_source
 from feast.infra.registry.base_registry import BaseRegistry
@@ -41,7 +46,7 @@ from pydantic import PositiveInt, field_validator
 from plait.errors import StoreError, did_you_mean
 from plait.files import atomic_file
 from plait.stores.asof_engine import EngineLimits, connect, plain_errors, quote
-from plait.stores.asof_entities import Entities, RangeEntities, TableEntities, read_entities, to_micros
+from plait.stores.asof_entities import Entities, RangeEntities, TableEntities, from_micros, read_entities, to_micros
 from plait.stores.asof_job import AsofMetadata, DuckDBJob, OpenView, Planned, PointInTime
 from plait.stores.asof_sources import Relation, is_remote, resolve_path, source_relation
 from plait.stores.asof_sql import TimeRange, ViewPlan, micros, time_bounds
@@ -226,6 +231,42 @@ class AsofDuckDBOfflineStore(DuckDBOfflineStore):
         else:
             _append_part(folder, table)
 
+    @staticmethod
+    def compute_monitoring_metrics(
+        config: RepoConfig,
+        data_source: DataSource,
+        feature_columns: list[tuple[str, str]],
+        timestamp_field: str,
+        start_date: datetime | None = None,
+        end_date: datetime | None = None,
+        histogram_bins: int = 20,
+        top_n: int = 10,
+    ) -> list[dict[str, Any]]:
+        """Feast's own statistics, on any source this store reads and within its limits (stock: one parquet file)."""
+        within = TimeRange(
+            first=to_micros(start_date) if start_date else None, last=to_micros(end_date) if end_date else None
+        )
+        with _opened(config, data_source) as (db, relation):
+            times = time_bounds(quote(timestamp_field), relation.columns[timestamp_field], within)
+            kinds = {kind: [name for name, k in feature_columns if k == kind] for kind in ("numeric", "categorical")}
+            where = " AND ".join(times)
+            metrics = []
+            if kinds["numeric"]:
+                metrics += _duckdb_numeric_stats(db, relation.sql, kinds["numeric"], where, histogram_bins)
+            return metrics + [
+                _duckdb_categorical_stats(db, relation.sql, name, where, top_n) for name in kinds["categorical"]
+            ]
+
+    @staticmethod
+    def get_monitoring_max_timestamp(
+        config: RepoConfig, data_source: DataSource, timestamp_field: str
+    ) -> datetime | None:
+        """The newest time in the source, aware; None if it has none."""
+        with _opened(config, data_source) as (db, relation):
+            at = micros(quote(timestamp_field), relation.columns[timestamp_field])
+            row = db.execute(f"SELECT max({at}) FROM {relation.sql}").fetchone()
+        return from_micros(row[0]) if row else None
+
 
 def engine_limits(config: RepoConfig) -> EngineLimits:
     """The limits that feature_store.yaml sets for one query."""
@@ -294,6 +335,16 @@ def _metadata(feature_refs: list[str], entities: Entities, retrieval: PointInTim
     return AsofMetadata(feature_refs, keys, bounds)
 
 
+@contextmanager
+def _opened(config: RepoConfig, source: DataSource) -> Iterator[tuple[duckdb.DuckDBPyConnection, Relation]]:
+    """A source in a connection of its own; what goes wrong with it while open is told in plain words."""
+    limits, files = engine_limits(config), list[str]()
+    with plain_errors(limits, doing=f"source {source.name!r}", files=files), connect(limits) as db:
+        relation = source_relation(db, source, config.repo_path)
+        files += relation.files
+        yield db, relation
+
+
 def _pull(
     config: RepoConfig,
     source: DataSource,
@@ -305,20 +356,16 @@ def _pull(
     *,
     latest_of: list[str] | None,
 ) -> DuckDBJob:
-    limits, repo_path = engine_limits(config), config.repo_path
     fields = list(dict.fromkeys([*columns, timestamp_field, *([created_field] if created_field else [])]))
 
     within = (to_micros(start) if start else None, to_micros(end) if end else None)
 
     @contextmanager
     def plan() -> Iterator[Planned]:
-        files: list[str] = []
-        with plain_errors(limits, doing=f"source {source.name!r}", files=files), connect(limits) as db:
-            relation = source_relation(db, source, repo_path)
-            files += relation.files
+        with _opened(config, source) as (db, relation):
             yield Planned(db=db, sql=_pull_query(relation, fields, timestamp_field, created_field, within, latest_of))
 
-    return DuckDBJob(plan=plan, repo_path=repo_path)
+    return DuckDBJob(plan=plan, repo_path=config.repo_path)
 
 
 def _pull_query(
