@@ -30,6 +30,27 @@ def check_prerequisites(spec: ExperimentsSpec, problems: Problems) -> None:
     except CycleError as error:
         names = [str(name) for name in error.args[1]]
         problems.add(("experiments", names[0], "requires"), f"prerequisites in a cycle: {' → '.join(reversed(names))}")
+    if not problems.faults:
+        _check_chains(spec, problems)
+
+
+def _check_chains(spec: ExperimentsSpec, problems: Problems) -> None:
+    """All that an experiment requires, directly or not, must be possible together."""
+    for experiment in spec.experiments.values():
+        needed, waiting = [experiment], [name for name, _ in experiment.requires]
+        while waiting:
+            other = spec.experiments[waiting.pop()]
+            if other in needed:
+                continue
+            clash = next((each for each in needed if _exclusive(spec, each, other)), None)
+            if clash is not None and experiment.state != "stopped":
+                problems.add(
+                    ("experiments", experiment.name, "requires"),
+                    f"dead prerequisite: no unit can be in both {clash.name!r} and {other.name!r}",
+                )
+                break
+            needed.append(other)
+            waiting += [name for name, _ in other.requires]
 
 
 def evaluation_order(spec: ExperimentsSpec) -> dict[str, int]:

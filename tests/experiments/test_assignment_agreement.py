@@ -20,9 +20,9 @@ PARAMETERS = ["p.a", "p.b", "q.a", "q.b", "r.a"]
 
 @st.composite
 def shares(draw, n: int) -> list[str]:
-    """n disjoint bucket ranges."""
-    cuts = sorted(draw(st.lists(st.integers(1, 9998), min_size=2 * n, max_size=2 * n, unique=True)))
-    return [f"{cuts[2 * i]}-{cuts[2 * i + 1]}" for i in range(n)]
+    """n disjoint bucket ranges, each at least half of its share of the layer."""
+    width = 10_000 // n
+    return [f"{i * width}-{i * width + draw(st.integers(width // 2, width - 1))}" for i in range(n)]
 
 
 leaves = st.one_of(
@@ -91,12 +91,16 @@ def configurations(draw) -> dict[str, Any]:
         first, second = draw(shares(2))
         experiments["p1"] |= {"group": "g", "group_buckets": first}
         experiments["q1"] |= {"group": "g", "group_buckets": second}
-    if draw(st.booleans()):
+    chain = draw(st.sampled_from(["none", "p2 on q2", "q2 on n1"]))
+    if chain == "p2 on q2":
         experiments["p2"]["requires"] = [
             {"experiment": "q2", **draw(st.sampled_from([{}, {"arms": ["a"]}, {"arms": ["b"]}]))}
         ]
-    if draw(st.booleans()):
+    elif chain == "q2 on n1":
         experiments["q2"]["requires"] = [{"experiment": "n1"}]
+    for name in ("p2", "q2") if chain == "p2 on q2" else ("q2", "n1"):
+        experiments[name]["state"] = "running"
+        experiments[name].pop("where", None)
     holdouts: dict[str, Any] = {}
     if draw(st.booleans()):
         holdouts["of-q"] = {"layer": "q", "buckets": q[2]}

@@ -262,6 +262,12 @@ def test_a_prerequisite_in_the_same_exclusion_group_is_dead():
     assert any("takes a unit into one of them only" in fault for fault in faults(text))
 
 
+def test_a_chain_of_prerequisites_that_excludes_itself_is_dead():
+    text = GOOD.replace("buckets: [5000-6999]", "buckets: [5000-6999]\n    requires: [{experiment: channels}]")
+    text = text.replace("state: draft", "state: running")
+    assert any("dead prerequisite: no unit can be in both 'weight' and 'trees'" in fault for fault in faults(text))
+
+
 def test_a_longer_cycle_of_prerequisites_is_named():
     text = GOOD.replace("where: {segment: nordic}", "requires: [{experiment: channels}]").replace(
         "state: draft", "state: running"
