@@ -53,6 +53,7 @@ def test_settings_override_what_an_encoding_presets():
     assert parse_encoding("h", {"encode": "sequence", "last": 5}, where="m.yaml") == Bag(last=5)
     assert parse_encoding("x", "log1p", where="m.yaml") == Scale(log1p=True)
     assert parse_encoding("x", {"encode": "scale", "clip": 4}, where="m.yaml") == Scale(clip=4.0)
+    assert parse_encoding("x", {"encode": "scale", "clip": "1e-3"}, where="m.yaml") == Scale(clip=0.001)
 
 
 @pytest.mark.parametrize(

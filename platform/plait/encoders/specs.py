@@ -7,6 +7,7 @@ A YAML value such as `{encode: vocabulary, min_count: 2}` (or just `vocabulary`)
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, Protocol
@@ -310,6 +311,8 @@ def _typed(key: str, value: Any, annotation: str) -> Any:
         return tuple(_typed(key, item, allowed[6:].split(",")[0].rstrip("]")) for item in value)
     if allowed == "float" and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if allowed == "float" and isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value):
+        return float(value)  # YAML reads 1e-4 as text, where 1.0e-4 is a number
     exact: type = {"int": int, "float": float, "bool": bool, "str": str}.get(allowed, str)
     if type(value) is not exact or (isinstance(value, float) and not math.isfinite(value)):
         raise SpecError(f"{key} is {value!r}; it must be of type {annotation.replace('Literal', 'one of ')}")
