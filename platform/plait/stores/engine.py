@@ -46,7 +46,7 @@ class ColumnarComputeEngineConfig(FeastConfigBaseModel):
     overlap: timedelta = timedelta(days=1)
     """How far before the end of the last run an incremental one starts, in event time: rows may arrive that late.
     ISO 8601 ("P1D", "PT6H") or seconds."""
-    batch_rows: int = Field(default=50_000, gt=0)
+    batch_rows: int = Field(default=10_000, gt=0)
     """Rows packed and committed at a time."""
     memory_limit: str = "1GB"
     """Memory for sorting; past it DuckDB spills to a temporary folder."""
