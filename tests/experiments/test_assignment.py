@@ -242,6 +242,31 @@ def test_prerequisites_may_go_back_and_forth_between_two_layers():
     assert in_d.keys() == {user for user in USERS if in_c.get(user) == "control" and bucket("rank", user) >= 5000}
 
 
+def test_a_chain_of_prerequisites_is_decided_from_its_end_whatever_the_order_of_layers():
+    raw = document(
+        {
+            "third": experiment("rank", requires=[{"experiment": "second", "arms": ["treatment"]}]),
+            "second": experiment("recall", requires=[{"experiment": "first", "arms": ["treatment"]}]),
+            "first": experiment("last"),
+        }
+    )
+    raw["parameters"]["last.x"] = {"type": "int", "default": 0}
+    raw["layers"]["last"] = {"unit": "user", "parameters": ["last.x"]}
+    snapshot = Snapshot.of(raw)
+    first, second, third = (arms(snapshot, name) for name in ("first", "second", "third"))
+    assert second.keys() == {user for user, arm in first.items() if arm == "treatment"}
+    assert third.keys() == {user for user, arm in second.items() if arm == "treatment"}
+
+
+def test_an_experiment_overrides_a_launch_that_waited_for_its_prerequisite():
+    ship = experiment("ship", arms={"on": {"weight": 100, "values": {"rank.x": 5}}}, requires=[{"experiment": "base"}])
+    raw = document({"launch": ship, "e": experiment(), "base": experiment("recall")})
+    raw["layers"]["ship"] = {"unit": "user", "launch": True, "parameters": ["rank.x"]}
+    snapshot = Snapshot.of(raw)
+    for user, arm in arms(snapshot, "e").items():
+        assert snapshot.assign({"user": user}).values["rank.x"] == (1 if arm == "treatment" else 5)
+
+
 def test_testers_get_their_arm_whatever_bucket_condition_or_traffic_says_and_are_marked():
     raw = experiment(state="draft", traffic=0, where={"attribute": "country", "equals": "SE"})
     raw["arms"]["treatment"]["testers"] = ["anna"]
