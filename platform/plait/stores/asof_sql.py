@@ -12,7 +12,7 @@ Two rows with the same event time: the newer created wins; the same created too:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 from plait.stores.asof_engine import quote
@@ -175,29 +175,20 @@ def join_query(entity: str, columns: Sequence[str], views: Sequence[ViewPlan], b
 def withheld_query(entity: str, view: ViewPlan, bounds: TimeRange) -> str:
     """What the cutoff took away: entity rows that got an older value because of it, and those that got none.
 
-    Compares the newest row by event time with the one the cutoff lets through, both within the ttl.
+    Compares the newest row (o) with the newest that was known (s), both within the ttl, by event time and then by
+    created, so that a correction that came later counts too.
     """
-    free = _bare(view, cutoff=False)
+    bare = replace(view, features={view.created_field or view.timestamp_field: "created"}, has_ties=True)
     on = [f"e.{quote(column)} = {{0}}.k{i}" for i, column in enumerate(view.join_keys.values())]
     match = " AND ".join([*on, f"e.{AT} >= {{0}}.{AT}"])
-    alive = f"o.{EVENT} >= e.{AT} - {ttl_micros(view.ttl)}" if view.ttl else "TRUE"
-    seen = f"s.{EVENT} IS NOT NULL" + (f" AND s.{EVENT} >= e.{AT} - {ttl_micros(view.ttl)}" if view.ttl else "")
+    alive, seen = "TRUE", f"s.{EVENT} IS NOT NULL"
+    if view.ttl:
+        alive = f"o.{EVENT} >= e.{AT} - {ttl_micros(view.ttl)}"
+        seen += f" AND s.{EVENT} >= e.{AT} - {ttl_micros(view.ttl)}"
+    older = f"(s.{EVENT} < o.{EVENT} OR (s.{EVENT} = o.{EVENT} AND s.f0 < o.f0))"
     return (
-        f"WITH o AS ({view_query(free, bounds)}), s AS ({view_query(_bare(view, cutoff=True), bounds)}) "
-        f"SELECT count(*) FILTER ({seen} AND s.{EVENT} < o.{EVENT}), count(*) FILTER (NOT coalesce({seen}, FALSE)) "
+        f"WITH o AS ({view_query(replace(bare, cutoff=False), bounds)}), "
+        f"s AS ({view_query(replace(bare, cutoff=True), bounds)}) "
+        f"SELECT count(*) FILTER ({seen} AND {older}), count(*) FILTER (NOT coalesce({seen}, FALSE)) "
         f"FROM {entity} e ASOF JOIN o ON {match.format('o')} ASOF LEFT JOIN s ON {match.format('s')} WHERE {alive}"
-    )
-
-
-def _bare(view: ViewPlan, *, cutoff: bool) -> ViewPlan:
-    return ViewPlan(
-        name=view.name,
-        relation=view.relation,
-        join_keys=view.join_keys,
-        features={},
-        timestamp_field=view.timestamp_field,
-        created_field=view.created_field,
-        ttl=view.ttl,
-        cutoff=cutoff,
-        has_ties=False,  # only times are compared, and rows that tie have the same
     )
