@@ -55,9 +55,16 @@ def serve(host: str, port: int, workers: int, threads: int, access_log: bool) ->
     help="Items to rank per visit.",
 )
 @click.option(
+    "--others",
+    default=0.0,
+    show_default=True,
+    type=click.FloatRange(0.0, 0.99),
+    help="Rating data: share of the candidates that the user never rated, and so never clicks.",
+)
+@click.option(
     "--position-bias",
     type=click.FloatRange(0.0),
-    help="Position k is looked at with chance k^-b; 0 looks at all. Default: 0.5, or as synthetic data has it.",
+    help="Position k is looked at with chance k^-b; 0 looks at all. Default: 0, or as synthetic data has it.",
 )
 @click.option("--concurrency", default=4, show_default=True, type=click.IntRange(1, 256), help="Visits at a time.")
 @click.option("--scene", default="home", show_default=True)
@@ -70,13 +77,17 @@ def simulate(
     seconds: float | None,
     slate: int,
     n_candidates: int,
+    others: float,
     position_bias: float | None,
     concurrency: int,
     scene: str,
     seed: int,
     as_json: bool,
 ) -> None:
-    """Send held-out users to a running server; they click by their real ratings, and their feedback is posted."""
+    """Send held-out users to a running server; they click by their real ratings, and their feedback is posted.
+
+    Each held-out rating answers once: a user who has answered all comes no more.
+    """
     import requests
     from tqdm import tqdm
 
@@ -87,7 +98,7 @@ def simulate(
         url=url, scene=scene, n_users=n_users, n_visits=n_visits, seconds=seconds, slate=slate,
         n_candidates=n_candidates, position_bias=position_bias, concurrency=concurrency, seed=seed,
     )  # fmt: skip
-    tastes = read_tastes(find_home())
+    tastes = read_tastes(find_home(), others=others)
     try:
         session = requests.Session()
         session.trust_env = False

@@ -14,8 +14,8 @@ from plait.settings import Home
 from serving.simulator import KnownTastes, RatingTastes, Tastes
 
 
-def read_tastes(home: Home) -> Tastes:
-    """The held-out users of a home. Raises DataError if nothing is held out."""
+def read_tastes(home: Home, *, others: float = 0.0) -> Tastes:
+    """The held-out users of a home; `others`: see RatingTastes. Raises DataError if nothing is held out."""
     folder = home.root / "holdout"
     if not (folder / "feedback").is_dir():
         raise DataError(f"{folder} holds no feedback; run `plait data prepare movielens-100k` (or another set) first")
@@ -26,7 +26,7 @@ def read_tastes(home: Home) -> Tastes:
         "SELECT user_id, item_id, value FROM {parts} WHERE type = 'rating' AND item_id IS NOT NULL ORDER BY timestamp",
     )
     pool = _columns(home.events / "items", "SELECT DISTINCT item_id FROM {parts}")
-    return RatingTastes(ratings["user_id"], ratings["item_id"], ratings["value"], pool["item_id"])
+    return RatingTastes(ratings["user_id"], ratings["item_id"], ratings["value"], pool["item_id"], others=others)
 
 
 def _synthetic(home: Home, folder: Path) -> Tastes:

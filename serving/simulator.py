@@ -1,7 +1,7 @@
 """Users who really exist: they come from the held-out part of the data and click what they are known to like.
 
-A visit asks the server to rank the user's held-out movies among sampled others; the user looks down the slate, and what
-they look at and have rated they rate again, clicking four and five stars. Nothing here knows how the server ranks.
+A visit asks the server to rank some of the user's held-out movies; the user looks down the slate, and what they look at
+and have rated they rate again, clicking four and five stars. Nothing here knows how the server ranks.
 """
 
 from __future__ import annotations
@@ -37,10 +37,14 @@ class Tastes(Protocol):
 class RatingTastes:
     """Tastes read from real ratings: each rated item answers once, an unrated one never."""
 
-    position_bias = 0.5  # nobody knows how these users looked at a slate
+    position_bias = 0.0  # nobody knows how these users looked at a slate, so they look at all of it
 
-    def __init__(self, user_ids: np.ndarray, item_ids: np.ndarray, stars: np.ndarray, pool: np.ndarray) -> None:
-        """Three columns of equal length, and the items to sample others from."""
+    def __init__(
+        self, user_ids: np.ndarray, item_ids: np.ndarray, stars: np.ndarray, pool: np.ndarray, *, others: float = 0.0
+    ) -> None:
+        """Three columns of equal length; `others`: the share of candidates drawn from `pool` that the user never
+        rated, of which nothing is known, so that they count as seen and not clicked."""
+        self._others = others
         if not len(user_ids):
             raise DataError("the held-out feedback has no ratings; run `plait data prepare` again")
         self._left: dict[int, dict[int, float]] = defaultdict(dict)
@@ -51,9 +55,11 @@ class RatingTastes:
         self.users = np.array(sorted(self._left))
 
     def candidates(self, user_id: int, n: int, rng: np.random.Generator) -> np.ndarray:
-        """Up to n ids, shuffled: at most half of them held-out items of this user, the rest ones they never rated."""
+        """Up to n ids, shuffled: held-out items of this user, and the share of others."""
         own = np.array(sorted(self._left[user_id]))
-        own = rng.permutation(own)[: max(1, n // 2)]
+        own = rng.permutation(own)[: max(1, round(n * (1 - self._others)))]
+        if not self._others:
+            return own
         others = self._pool[~np.isin(self._pool, list(self._rated[user_id]))]
         others = rng.permutation(others)[: n - len(own)]
         return rng.permutation(np.concatenate([own, others]))

@@ -19,7 +19,7 @@ STARS = np.array([5.0, 3.0, 4.0, 2.0, 4.0, 5.0])
 
 
 def tastes() -> RatingTastes:
-    return RatingTastes(USERS, ITEMS, STARS, np.arange(1, 200))
+    return RatingTastes(USERS, ITEMS, STARS, np.arange(1, 200), others=0.5)
 
 
 class AppHttp:
@@ -47,6 +47,12 @@ def test_users_who_look_at_everything_click_exactly_their_four_and_five_stars(wo
         (u, i): s for u, i, s in zip(USERS.tolist(), ITEMS.tolist(), STARS.tolist(), strict=True)
     }
     assert outcome.events == {"click": 4, "rating": 6} and outcome.n_errors == 0
+
+
+def test_without_others_a_user_is_asked_about_own_ratings_alone() -> None:
+    alone = RatingTastes(USERS, ITEMS, STARS, np.arange(1, 200))
+    asked = alone.candidates(1, 20, np.random.default_rng(0))
+    assert sorted(asked.tolist()) == [1, 2, 3]
 
 
 def test_feedback_names_the_request_it_came_from(world: Any) -> None:

@@ -95,7 +95,7 @@ class Run:
 
     def online_half(self, users: int) -> None:
         """Traffic, verdict, and a model retrained on the server's own log while it serves."""
-        self.step("plait", "simulate", "--url", self.url, "--users", str(users))
+        self.step("plait", "simulate", "--url", self.url, "--users", str(users), "--visits", "5")
         self.step("plait", "experiments", "report", EXPERIMENT)
         self.step("plait", "audit")
         before = self.served_version(RETRAINED)
