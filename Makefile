@@ -35,4 +35,4 @@ $(VENV)/installed-test: $(VENV)/installed
 	@touch $@
 
 clean:
-	rm -rf .plait .pytest_cache .mypy_cache .ruff_cache
+	find .plait -mindepth 1 ! -name .gitkeep -delete; rm -rf .pytest_cache .mypy_cache .ruff_cache

@@ -12,7 +12,7 @@ PROJECT_FILES = ("feature_store.yaml", ".feastignore", "feature_repo", "experime
 
 def copy_project(target: Path) -> Path:
     """A project of its own: what a user edits, without the data."""
-    target.mkdir(parents=True, exist_ok=True)
+    (target / ".plait").mkdir(parents=True, exist_ok=True)
     for name in PROJECT_FILES:
         source = ROOT / name
         if source.is_dir():

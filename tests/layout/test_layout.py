@@ -1,4 +1,4 @@
-"""The house keeps its shape: imports point one way, nothing shadows the standard library, Feast scans feature_repo only."""
+"""The house keeps its shape: one-way imports, nothing shadows the standard library, Feast scans feature_repo only."""
 
 import ast
 import configparser
