@@ -31,6 +31,7 @@ def generate(folder: Path, n_events: int, *, first_day: int, days: int, seed: fl
     folder.mkdir(parents=True, exist_ok=True)
     users, items = max(n_events // 100, 10), max(n_events // 1000, 10)
     part = 5_000_000
+    start_us = int(START.timestamp()) * 1_000_000
     with duckdb.connect() as db:
         db.execute(f"SELECT setseed({seed})")
         for begin in range(0, n_events, part):
@@ -40,7 +41,7 @@ def generate(folder: Path, n_events: int, *, first_day: int, days: int, seed: fl
                     SELECT 'e{first_day}-' || i AS event_id, 'rating' AS type, NULL::VARCHAR AS request_id,
                         (pow(random(), 2) * {users})::BIGINT AS user_id,
                         (pow(random(), 3) * {items})::BIGINT AS item_id,
-                        make_timestamptz({int(START.timestamp()) * 1_000_000}::BIGINT + {first_day} * 86400000000::BIGINT
+                        make_timestamptz({start_us}::BIGINT + {first_day} * 86400000000::BIGINT
                             + (i * ({days} * 86400000000.0 / {n_events}))::BIGINT) AS timestamp,
                         (1 + floor(random() * 5))::DOUBLE AS value, NULL::TIMESTAMPTZ AS created
                     FROM range({begin}, {end}) r(i)

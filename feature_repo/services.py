@@ -6,7 +6,11 @@ from feature_repo.context import request_context
 from feature_repo.movies import movie_profile, movie_stats
 from feature_repo.users import user_genre_stats, user_history, user_profile, user_stats
 
-_windowed_user = [f"{name}_{w}" for name in ("user_ratings", "user_rating_mean", "user_positive_rate") for w in ("1d", "7d", "30d", "all")]
+_windowed_user = [
+    f"{name}_{w}"
+    for name in ("user_ratings", "user_rating_mean", "user_positive_rate")
+    for w in ("1d", "7d", "30d", "all")
+]
 _features = [
     user_profile,
     # Not user_last_event_at: a date is no feature, request_context turns it into a distance.

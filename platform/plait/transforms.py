@@ -43,7 +43,7 @@ def on_demand_view(
     description: str = "",
     tags: dict[str, str] | None = None,
 ) -> OnDemandFeatureView:
-    """An on-demand feature view that runs `function`: DataFrame of the inputs -> DataFrame of `schema`, row by row equal.
+    """An on-demand feature view that runs `function`: DataFrame of the inputs -> DataFrame of `schema`.
 
     function: defined at the top of an importable module (feature_repo/transforms.py), vectorised, reading only columns
     of `sources`. schema: Float64 and Int64 fields; other types come out differently offline and online.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ def rows(home: Home, spec: AggregateSpec) -> list[dict[str, Any]]:
     return found
 
 
-def some_events(seed: int, n: int = 60, *, delays: tuple[int, ...] = (0, 0, 0, 1, 5 * HOUR, DAY + 1, 3 * DAY)) -> list[dict[str, Any]]:
+def some_events(
+    seed: int, n: int = 60, *, delays: tuple[int, ...] = (0, 0, 0, 1, 5 * HOUR, DAY + 1, 3 * DAY)
+) -> list[dict[str, Any]]:
     rng = random.Random(seed)
     events = []
     for i in range(n):
@@ -64,7 +67,7 @@ def test_increments_as_events_become_known_equal_a_full_build(make_home, spec):
     ends = [START + days * DAY + 7 * HOUR for days in (3, 4, 5, 12)]
     home = make_home([e for e in events if known(e) <= ends[0]])
     modes = [build(home, spec, ends[0]).mode]
-    for i, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
+    for i, (start, end) in enumerate(pairwise(ends)):
         add_part(home, f"day{i}", [e for e in events if start < known(e) <= end])
         modes.append(build(home, spec, end).mode)
     assert modes == ["full", *["increment"] * 3]
@@ -157,11 +160,21 @@ def test_a_build_that_dies_before_its_manifest_is_put_right_by_the_next(make_hom
 
 def test_no_events_of_a_type_give_an_empty_table_with_every_column(make_home):
     spec = AggregateSpec(
-        name="buys", keys=("user_id",), events=feedback("purchase"), windows=("7d",), cadence="day", features=(Count("n"),)
+        name="buys",
+        keys=("user_id",),
+        events=feedback("purchase"),
+        windows=("7d",),
+        cadence="day",
+        features=(Count("n"),),
     )
     home = make_home(some_events(9))
     build(home, spec, START + 5 * DAY)
-    assert pads.dataset(table_folder(home, "buys")).to_table().column_names == ["user_id", "event_timestamp", "created", "n_7d"]
+    assert pads.dataset(table_folder(home, "buys")).to_table().column_names == [
+        "user_id",
+        "event_timestamp",
+        "created",
+        "n_7d",
+    ]
     assert build(home, spec, START + 6 * DAY).rows == 0
 
 
@@ -170,7 +183,7 @@ def test_bad_events_are_refused_and_the_old_table_stays(make_home, tmp_path: Pat
     build(home, spec, START + 5 * DAY)
     before = rows(home, spec)
     (home.events / "feedback" / "torn.parquet").write_bytes(b"PAR1 half a file")
-    with pytest.raises(DataError, match="torn.parquet is not a readable parquet file"):
+    with pytest.raises(DataError, match=r"torn\.parquet is not a readable parquet file"):
         build(home, spec, START + 6 * DAY)
     (home.events / "feedback" / "torn.parquet").unlink()
     add_part(home, "huge", [{**some_events(11)[0], "value": 1e12}])

@@ -25,7 +25,9 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.spark,
     pytest.mark.skipif(shutil.which("java") is None, reason="Spark needs Java 17, and there is no java here"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:pyspark", "ignore::ResourceWarning", "ignore::UserWarning:pyspark"),
+    pytest.mark.filterwarnings(
+        "ignore::DeprecationWarning:pyspark", "ignore::ResourceWarning", "ignore::UserWarning:pyspark"
+    ),
 ]
 
 

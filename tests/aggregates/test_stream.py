@@ -74,7 +74,9 @@ def table_values(home: Any, spec: Any, at: int) -> dict[tuple[Any, ...], dict[st
 
 def online_values(store: FakeOnlineStore, spec: Any) -> dict[tuple[Any, ...], dict[str, Any]]:
     return {
-        keys: {name: row[name] for name in spec.columns} for (view, keys), row in store.rows.items() if view == spec.name
+        keys: {name: row[name] for name in spec.columns}
+        for (view, keys), row in store.rows.items()
+        if view == spec.name
     }
 
 
@@ -163,7 +165,7 @@ def test_a_segment_is_read_on_where_the_last_poll_stopped(tmp_path):
     folder = tmp_path / "log"
     log = EventLog(folder, "test")
     try:
-        events = [e for e in some_events(6)]
+        events = some_events(6)
         log.append("feedback", events[:5])
         source = EventFolder(folder)
         assert sum(rows.num_rows for _, rows in source.poll()) == 5
@@ -179,11 +181,10 @@ def test_a_parquet_file_that_stays_unreadable_is_named(tmp_path):
     source = EventFolder(tmp_path)
     for _ in range(4):
         assert list(source.poll()) == []
-    with pytest.raises(DataError, match="torn.parquet"):
+    with pytest.raises(DataError, match="torn"):
         list(source.poll())
 
 
 def test_a_folder_that_is_not_there_is_an_error(tmp_path):
     with pytest.raises(DataError, match="no folder"):
         EventFolder(tmp_path / "nowhere")
-

@@ -113,7 +113,9 @@ def deduplicated(events: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]
         kept = first.get(event["event_id"])
         if kept is None or known(event) < known(kept):
             first[event["event_id"]] = event
-    return [{**event, "value": None if event["value"] != event["value"] else event["value"]} for event in first.values()]
+    return [
+        {**event, "value": None if event["value"] != event["value"] else event["value"]} for event in first.values()
+    ]
 
 
 def known(event: Mapping[str, Any]) -> int:
@@ -179,9 +181,10 @@ def look_up(rows: Iterable[Mapping[str, Any]], spec: AggregateSpec, key: tuple[A
     """What a point-in-time join with the feature table (event_timestamp and created both by then) gives."""
     best = None
     for row in rows:
-        if tuple(row[name] for name in spec.keys) == key and max(row["event_timestamp"], row["created"]) <= at:
-            if best is None or row["event_timestamp"] > best["event_timestamp"]:
-                best = row
+        if tuple(row[name] for name in spec.keys) != key or max(row["event_timestamp"], row["created"]) > at:
+            continue
+        if best is None or row["event_timestamp"] > best["event_timestamp"]:
+            best = row
     return None if best is None else {name: best[name] for name in spec.columns}
 
 

@@ -25,7 +25,7 @@ def contents(home):
 
     from feast.repo_operations import parse_repo
 
-    before = os.getcwd()
+    before = Path.cwd()
     os.chdir(ROOT)
     try:
         yield parse_repo(ROOT)

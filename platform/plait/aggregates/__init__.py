@@ -1,9 +1,9 @@
 """Aggregates: windowed features declared in feature_repo, computed point in time into feature tables.
 
-    user_stats = aggregate_view(
-        name="user_stats", entities=[user], events=feedback("rating"), windows=["7d", "all"],
-        features=[Count("user_ratings"), Mean("user_rating_mean", of="value")],
-    )
+user_stats = aggregate_view(
+    name="user_stats", entities=[user], events=feedback("rating"), windows=["7d", "all"],
+    features=[Count("user_ratings"), Mean("user_rating_mean", of="value")],
+)
 """
 
 from plait.aggregates.declare import aggregate_view, home_path, spec_of, table_source

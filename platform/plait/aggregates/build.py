@@ -95,9 +95,7 @@ def build_view(
     with _only_builder(home, spec.name), open_engine(engine, memory=memory) as running:
         builder = _Builder(home, spec, running, until_us, shard_rows, on_shard)
         mode, rows, retiled = builder.build(full)
-    return BuildReport(
-        view=spec.name, mode=mode, rows=rows, retiled_keys=retiled, seconds=time.monotonic() - started
-    )
+    return BuildReport(view=spec.name, mode=mode, rows=rows, retiled_keys=retiled, seconds=time.monotonic() - started)
 
 
 class _Builder:
@@ -170,9 +168,7 @@ class _Builder:
         return raw_events(self.engine, self.plan, table)
 
     def _attributes(self) -> dict[str, ir.Table]:
-        return {
-            name: self.engine.read_parquet(self.home.events / name) for name in self.spec.events.attribute_tables
-        }
+        return {name: self.engine.read_parquet(self.home.events / name) for name in self.spec.events.attribute_tables}
 
     def _normalised(self, raw: ir.Table) -> ir.Table:
         return normalised(self.engine, self.plan, raw, self._attributes())
@@ -272,9 +268,7 @@ class _Builder:
         again = self._normalised(self._raw()).semi_join(touched, self.keys)
         whole = Span(until=span.until)
         late = self._has_late(again)
-        anew = self.engine.keep(
-            feature_rows(self.plan, again, whole, late=late).filter(ibis._[AT] >= first_us)
-        )
+        anew = self.engine.keep(feature_rows(self.plan, again, whole, late=late).filter(ibis._[AT] >= first_us))
         with atomic_folder(self.folder) as folder:
             for name in before.parts:
                 start, end = _part_span(name)

@@ -125,4 +125,3 @@ def _describe(spec: AggregateSpec, feature: Feature, column: str) -> str:
     over = " over all time" if window == "all" else f" over {window}" if window else ""
     kinds = "/".join(spec.events.types) or spec.events.table
     return f"{what}{of}{where}{over} ({kinds})"
-

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from plait.aggregates.declare import spec_of
 from plait.aggregates.spec import AggregateSpec
 from plait.errors import SpecError, UnknownNameError
-
 
 if TYPE_CHECKING:
     from feast import FeatureView
@@ -27,7 +27,7 @@ def declared_views(home: Home) -> dict[str, FeatureView]:
         sys.path.append(str(home.project))
     from feast.repo_operations import parse_repo
 
-    before = os.getcwd()
+    before = Path.cwd()
     os.chdir(home.project)  # Feast names modules relative to the working directory
     try:
         contents = parse_repo(home.project)

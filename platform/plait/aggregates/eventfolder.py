@@ -26,7 +26,9 @@ class EventFolder:
 
     def __init__(self, folder: Path, *, table: str = "feedback", rolled: Path | None = None) -> None:
         if not folder.is_dir():
-            raise DataError(f"no folder {folder} to stream from; give --from a folder of event segments or parquet files")
+            raise DataError(
+                f"no folder {folder} to stream from; give --from a folder of event segments or parquet files"
+            )
         self.folder, self.table, self.rolled = folder, table, rolled
         self._read: set[str] = set()
         self._failed: dict[str, int] = {}
@@ -48,7 +50,9 @@ class EventFolder:
                 tries = self._failed[path.name] = self._failed.get(path.name, 0) + 1
                 if tries < _PATIENCE:
                     continue
-                raise DataError(f"{path} is not a readable parquet file ({error}); remove it or write it again") from error
+                raise DataError(
+                    f"{path} is not a readable parquet file ({error}); remove it or write it again"
+                ) from error
             self._read.add(path.name)
             if self.table in SCHEMAS:
                 rows = conform(rows, SCHEMAS[self.table], str(path))

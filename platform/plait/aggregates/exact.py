@@ -32,9 +32,7 @@ def as_of(plan: Plan, events: ir.Table, rows: ir.Table) -> ir.Table:
     if plan.lists:
         columns = _lists(plan, met)
         values = met.group_by([*keys, "_at"]).aggregate(**columns)
-        values = values.mutate(
-            **{f.name: _last(values[f.name], f.n) for f in plan.lists}
-        )
+        values = values.mutate(**{f.name: _last(values[f.name], f.n) for f in plan.lists})
     else:
         parts = met.group_by([*keys, "_at"]).aggregate(**_aggregates(plan, met))
         values = parts.select(*keys, "_at", **_features(plan, parts))
@@ -65,7 +63,7 @@ def _features(plan: Plan, parts: ir.Table) -> dict[str, ir.Value]:
         value = then()  # type: ignore[operator]
         return ibis.ifelse(condition, value, ibis.null(value.type()))
 
-    values = plan.features(lambda name: parts[name], if_else)
+    values = plan.features(lambda name: parts[name], if_else, lambda value: value.cast("float64"))
     for feature in plan.spec.features:
         if feature.kind == "last_time":
             value = values[feature.name]

@@ -56,7 +56,13 @@ def follow(
 
 
 def follow_spark(
-    updater: StreamUpdater, folder: Path, *, clock: Clock, table: str = "feedback", once: bool = True, poll_s: float = 0.5
+    updater: StreamUpdater,
+    folder: Path,
+    *,
+    clock: Clock,
+    table: str = "feedback",
+    once: bool = True,
+    poll_s: float = 0.5,
 ) -> Iterator[Step]:
     """The same from Spark Structured Streaming over a folder of parquet files (and so, over what Spark can read).
 

@@ -101,7 +101,7 @@ class KeyState:
                 feature.name: [entry[3 + i] for entry in self._list[-feature.n :]]
                 for i, feature in enumerate(self.plan.lists)
             }
-        values = self.plan.features(self._read, _if_else)
+        values = self.plan.features(self._read, _if_else, float)
         for feature in self.plan.spec.features:
             if feature.kind == "last_time" and values[feature.name] is not None:
                 values[feature.name] //= US_PER_S

@@ -48,7 +48,7 @@ class Distinct:
 
 @dataclass(frozen=True)
 class Plan:
-    """The parts of a spec, each in a fixed order: measure i is column `_m<i>`, extreme i `_x<i>`, distinct i `_d<i>`."""
+    """The parts of a spec, in a fixed order: measure i is column `_m<i>`, extreme i `_x<i>`, distinct i `_d<i>`."""
 
     spec: AggregateSpec
 
@@ -86,9 +86,7 @@ class Plan:
 
     @cached_property
     def distincts(self) -> tuple[Distinct, ...]:
-        return tuple(
-            dict.fromkeys(Distinct(f.of, f.where) for f in self.spec.features if isinstance(f, DistinctCount))
-        )
+        return tuple(dict.fromkeys(Distinct(f.of, f.where) for f in self.spec.features if isinstance(f, DistinctCount)))
 
     @cached_property
     def lists(self) -> tuple[LastN, ...]:
@@ -98,17 +96,20 @@ class Plan:
     def longest_us(self) -> int:
         return max(self.spec.bounded_us, default=0)
 
-    def features(self, read: Callable[[str], Any], if_else: Callable[[Any, Any, Any], Any]) -> dict[str, Any]:
+    def features(
+        self, read: Callable[[str], Any], if_else: Callable[[Any, Any, Any], Any], real: Callable[[Any], Any]
+    ) -> dict[str, Any]:
         """Feature columns by name.
 
         read(name) gives the value of `_m<i>_<window>`, `_x<i>_<window>` or `_d<i>_<window>`; if_else(condition, a, b)
-        chooses. Both are the engine's for the batch and Python's for the stream: the arithmetic is written once.
+        chooses; real(value) makes a float64 of it (Spark would divide integers by decimals). All are the engine's for
+        the batch and Python's for the stream: the arithmetic is written once.
         """
         columns: dict[str, Any] = {}
         for feature in self.spec.features:
             for window in self.spec.windows if feature.windowed else (ALL_TIME,):
                 name = f"{feature.name}_{window}" if feature.windowed else feature.name
-                columns[name] = self._value(feature, window, read, if_else)
+                columns[name] = self._value(feature, window, read, if_else, real)
         return columns
 
     def _value(
@@ -117,6 +118,7 @@ class Plan:
         window: str,
         read: Callable[[str], Any],
         if_else: Callable[[Any, Any, Any], Any],
+        real: Callable[[Any], Any],
     ) -> Any:
         def measure(kind: str, of: str | None, where: str | None) -> Any:
             return read(f"_m{self.measures.index(Measure(kind, of, where))}_{window}")
@@ -125,16 +127,16 @@ class Plan:
             case Count():
                 return measure("count", None, feature.where)
             case Sum():
-                return measure("sum", feature.of, feature.where) / float(SCALE)
+                return real(measure("sum", feature.of, feature.where)) / float(SCALE)
             case Mean():
                 n = measure("valid", feature.of, feature.where)
-                total = measure("sum", feature.of, feature.where) / float(SCALE)
-                return if_else(n > 0, lambda: total / n, None)
+                total = real(measure("sum", feature.of, feature.where)) / float(SCALE)
+                return if_else(n > 0, lambda: total / real(n), None)
             case Rate():
                 hits, n = measure("count", None, feature.where), measure("count", None, None)
                 if feature.prior is None or feature.strength is None:
-                    return if_else(n > 0, lambda: hits / n, None)
-                return (hits + feature.prior * feature.strength) / (n + feature.strength)
+                    return if_else(n > 0, lambda: real(hits) / real(n), None)
+                return (real(hits) + feature.prior * feature.strength) / (real(n) + feature.strength)
             case DistinctCount():
                 return read(f"_d{self.distincts.index(Distinct(feature.of, feature.where))}_{window}")
         extreme = self.extreme_of(feature)

@@ -77,7 +77,9 @@ class EventSource:
         for name, reference in self.attributes.items():
             table, _, column = reference.partition(".")
             if table not in ATTRIBUTE_KEYS or not column:
-                raise SpecError(f"{self.table}: attribute {name}={reference!r} must be 'items.COLUMN' or 'users.COLUMN'")
+                raise SpecError(
+                    f"{self.table}: attribute {name}={reference!r} must be 'items.COLUMN' or 'users.COLUMN'"
+                )
 
     @property
     def attribute_tables(self) -> tuple[str, ...]:
@@ -133,7 +135,8 @@ class AggregateSpec:
         lists = [feature for feature in self.features if isinstance(feature, LastN)]
         if lists and len(lists) != len(self.features):
             raise SpecError(
-                f"{self.name}: {lists[0].name!r} is a list beside other aggregates; put LastN features in a view of their own"
+                f"{self.name}: {lists[0].name!r} is a list beside other aggregates; "
+                "put LastN features in a view of their own"
             )
         if any(feature.windowed for feature in self.features) and not self.windows:
             raise SpecError(f"{self.name}: no window; give windows=['1d', '7d', 'all'] or some of them")
@@ -222,4 +225,3 @@ class AggregateSpec:
     def hash(self) -> str:
         """Changes when the table's values may change; the build then starts over."""
         return hashlib.sha256(f"{_MEANING}:{self.to_json()}".encode()).hexdigest()
-

@@ -124,7 +124,9 @@ class _ViewStream:
         except PlaitError:
             raise
         except Exception as error:
-            raise StoreError(f"{self.plan.spec.name}: the online store took no rows ({error}); they will be sent again") from error
+            raise StoreError(
+                f"{self.plan.spec.name}: the online store took no rows ({error}); they will be sent again"
+            ) from error
         self._dirty.clear()
         return rows.num_rows
 

@@ -45,9 +45,7 @@ class Span:
     until: int
 
 
-def feature_rows(
-    plan: Plan, events: ir.Table, span: Span, *, base: Base | None = None, late: bool = True
-) -> ir.Table:
+def feature_rows(plan: Plan, events: ir.Table, span: Span, *, base: Base | None = None, late: bool = True) -> ir.Table:
     """Keys, `_at` (us) and the feature columns: one row per key and moment in the span at which its values change.
 
     late: whether an event may have entered after its tile's end; False spares a join for least and greatest.
@@ -57,7 +55,7 @@ def feature_rows(
     running = _running(plan, changes(plan, events, span, base), span)
     if late and plan.spec.bounded_us and any(extreme.of is not None for extreme in plan.extremes):
         running = _with_late(plan, running, events)
-    values = plan.features(lambda name: running[name], _if_else)
+    values = plan.features(lambda name: running[name], _if_else, lambda value: value.cast("float64"))
     for name, value in values.items():
         if plan.spec.columns and isinstance(value, ibis.Value) and name in _last_times(plan):
             values[name] = ((value - _positive_modulo(value)) / US_PER_S).cast("int64")
@@ -108,9 +106,9 @@ def changes(plan: Plan, events: ir.Table, span: Span, base: Base | None) -> ir.T
     for i in range(len(plan.distincts)):
         seen = base.seen[i] if base is not None and base.seen else None
         for j, window in enumerate(spec.windows):
-            length = None if window == ALL_TIME else spec.bounded_us[j]
+            lasts_us = None if window == ALL_TIME else spec.bounded_us[j]
             code = i * len(spec.windows) + j
-            parts += _distinct_changes(plan, shape, events, i, length, code, span, seen)
+            parts += _distinct_changes(plan, shape, events, i, lasts_us, code, span, seen)
     if base is not None:
         parts.append(shape.base(base.sums, span.since))
     return ibis.union(*parts) if len(parts) > 1 else parts[0]

@@ -24,7 +24,9 @@ _COMPARE: Mapping[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Gt: operator.gt,
     ast.GtE: operator.ge,
 }
-_GRAMMAR = "write comparisons of columns with numbers or strings, joined by and, or, not: 'value >= 4 and type in (\"like\",)'"
+_GRAMMAR = (
+    "write comparisons of columns with numbers or strings, joined by and, or, not: 'value >= 4 and type in (\"like\",)'"
+)
 
 
 def columns_of(condition: str | None) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from datetime import UTC, datetime
 from pathlib import Path
 
 import click
@@ -23,7 +24,7 @@ def features() -> None:
 @click.option("--full", is_flag=True, help="Start over instead of adding what is new since the last build.")
 @click.option("--until", type=click.DateTime(), help="Build up to this moment (UTC) instead of the home's now.")
 @click.option("--memory", help="Memory limit, like 2GB; beyond it, DuckDB spills to disk.")
-def build(engine: str, views: tuple[str, ...], full: bool, until: object, memory: str | None) -> None:
+def build(engine: str, views: tuple[str, ...], full: bool, until: datetime | None, memory: str | None) -> None:
     """Bring the feature tables up to now.
 
     Only new events are read, and old ones that can still leave a window; a changed declaration, or a changed file of
@@ -33,7 +34,7 @@ def build(engine: str, views: tuple[str, ...], full: bool, until: object, memory
     from plait.aggregates.discover import declared_aggregates
 
     home = find_home().create()
-    end = _utc(until) or Clock.of(home).now()
+    end = until.replace(tzinfo=UTC) if until else Clock.of(home).now()
     for spec in declared_aggregates(home, views):
         with tqdm(desc=spec.name, unit="shard", leave=False) as bar:
 
@@ -41,9 +42,7 @@ def build(engine: str, views: tuple[str, ...], full: bool, until: object, memory
                 bar.total = total
                 bar.update(done - bar.n)
 
-            report = build_view(
-                home, spec, until=end, engine=engine, memory=memory, full=full, on_shard=on_shard
-            )
+            report = build_view(home, spec, until=end, engine=engine, memory=memory, full=full, on_shard=on_shard)
         retiled = f", {report.retiled_keys:,} keys re-tiled for late events" if report.retiled_keys else ""
         click.echo(f"{report.view:<20} {report.mode:<10} {report.rows:>12,} rows  {report.seconds:6.1f} s{retiled}")
 
@@ -58,7 +57,9 @@ def build(engine: str, views: tuple[str, ...], full: bool, until: object, memory
 @click.option("--once/--follow", "once", default=True, show_default=True, help="Stop after what is there, or stay.")
 @click.option("--view", "views", multiple=True, help="Only this view; may be given more than once.")
 @click.option("--table", default="feedback", show_default=True, help="Event table that parquet files belong to.")
-@click.option("--poll", "poll_s", type=click.FloatRange(0.05), default=0.5, show_default=True, help="Seconds between looks.")
+@click.option(
+    "--poll", "poll_s", type=click.FloatRange(0.05), default=0.5, show_default=True, help="Seconds between looks."
+)
 @click.option("--source", type=click.Choice(["folder", "spark"]), default="folder", show_default=True)
 def stream(folder: Path | None, once: bool, views: tuple[str, ...], table: str, poll_s: float, source: str) -> None:
     """Update online values from events as they arrive.
@@ -91,9 +92,3 @@ def stream(folder: Path | None, once: bool, views: tuple[str, ...], table: str, 
         except KeyboardInterrupt:
             click.echo("stopped", err=True)
     click.echo(f"pushed {sum(total.values()):,} rows in all")
-
-
-def _utc(moment: object) -> object:
-    from datetime import UTC, datetime
-
-    return moment.replace(tzinfo=UTC) if isinstance(moment, datetime) else None
