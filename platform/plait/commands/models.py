@@ -71,6 +71,7 @@ def verify(model: str) -> None:
 
 def _line(model: ModelVersion) -> str:
     test = model.metrics.get("test", model.metrics)
-    numbers = "  ".join(f"{key} {value:.4f}" for key, value in test.items() if isinstance(value, float))
+    shown = ("auc", "log_loss", "ece", "calibration", "ndcg@10")
+    numbers = "  ".join(f"{key} {test[key]:.4f}" for key in shown if isinstance(test.get(key), float))
     aliases = "".join(f" @{alias}" for alias in model.aliases)
     return f"{model.name}:{model.version}{aliases}  {model.created:%Y-%m-%d %H:%M}  {numbers}"
