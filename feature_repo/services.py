@@ -6,15 +6,11 @@ from feature_repo.context import request_context
 from feature_repo.movies import movie_profile, movie_stats
 from feature_repo.users import user_genre_stats, user_history, user_profile, user_stats
 
-_windowed_user = [
-    f"{name}_{w}"
-    for name in ("user_ratings", "user_rating_mean", "user_positive_rate")
-    for w in ("1d", "7d", "30d", "all")
-]
+# All of user_stats but the date of the last event: a date is no feature, request_context turns it into a distance.
+_user_stats = user_stats[[field.name for field in user_stats.features if field.name != "user_last_event_at"]]
 _features = [
     user_profile,
-    # Not user_last_event_at: a date is no feature, request_context turns it into a distance.
-    user_stats[_windowed_user],
+    _user_stats,
     user_history,
     movie_profile,
     movie_stats,
