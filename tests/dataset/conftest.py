@@ -169,7 +169,7 @@ STORES = {"stock": "duckdb", "plait": "plait.stores.offline.AsofDuckDBOfflineSto
 
 @pytest.fixture(params=STORES)
 def project(tmp_path: Path, request: pytest.FixtureRequest) -> SimpleNamespace:
-    """For Feast's own DuckDB store and for Plait's: events, feature tables, an applied registry and one model configuration. `.home`, `.store`, `.tables`."""
+    """Events, features, an applied registry and a model configuration, on Feast's DuckDB store and on Plait's."""
     from plait.service import open_store
 
     home = Home(project=tmp_path, root=tmp_path / ".plait").create()
@@ -185,4 +185,4 @@ def project(tmp_path: Path, request: pytest.FixtureRequest) -> SimpleNamespace:
         write(home.features / name, table)
     store = open_store(home)
     store.apply(definitions(home.features))
-    return SimpleNamespace(home=home, store=store, events=events, features=features)
+    return SimpleNamespace(home=home, store=store, events=events, features=features, offline=request.param)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from datetime import timedelta
 from types import SimpleNamespace
 
 import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
 
-from plait.offline.build import build_dataset
+from plait.errors import DataError, SpecError, StoreError, UnknownNameError
+from plait.offline.build import build_dataset, read_model
+from plait.offline.dataset import Dataset, find_datasets
 from plait.offline.samples import build_samples
-from plait.offline.spec import SampleSpec
+from plait.offline.saved import saved_name
+from plait.offline.spec import SampleSpec, SplitSpec
 
 
 def naive_value(history: list[dict], keys: dict, moment, ttl: timedelta | None, feature: str):
@@ -41,3 +48,146 @@ def test_every_feature_is_the_one_known_at_the_samples_time(project: SimpleNames
     assert n == len(project.events["impressions"]) == sum(dataset.manifest.rows.values())
     assert dataset.features == ("mean_7d", "recent", "primary_genre", "n_shown", "n_genre")
     assert dataset.schema.field("recent").type == pa.list_(pa.int64())
+
+
+def test_a_dataset_that_exists_is_reused_and_shared_by_services_of_equal_features(project: SimpleNamespace) -> None:
+    build_samples(project.home, SampleSpec())
+    first = build_dataset(project.home, "tiny_clicks", store=project.store)
+    before = (first.folder / "manifest.json").stat().st_mtime_ns
+    for service in ("tiny_clicks", "tiny_same"):
+        again = build_dataset(project.home, service, store=project.store)
+        assert again.folder == first.folder
+    assert (first.folder / "manifest.json").stat().st_mtime_ns == before
+    assert build_dataset(project.home, "tiny_users", store=project.store).folder != first.folder
+
+
+def test_new_features_or_new_samples_are_a_new_dataset(project: SimpleNamespace) -> None:
+    build_samples(project.home, SampleSpec())
+    first = build_dataset(project.home, "tiny_users", store=project.store)
+    source = project.home.features / "user_stats" / "part-0.parquet"
+    pq.write_table(pq.read_table(source).slice(1), source)
+    second = build_dataset(project.home, "tiny_users", store=project.store)
+    build_samples(project.home, SampleSpec(split=SplitSpec(kind="user")))
+    third = build_dataset(project.home, "tiny_users", store=project.store)
+    assert len({first.folder, second.folder, third.folder}) == 3
+    assert find_datasets(project.home.datasets)[0].folder in {second.folder, third.folder}
+
+
+def test_chunks_give_the_same_bytes_as_one_join(project: SimpleNamespace) -> None:
+    build_samples(project.home, SampleSpec())
+    first = build_dataset(project.home, "tiny_clicks", store=project.store, chunk_rows=37)
+    shutil.rmtree(first.folder)
+    second = build_dataset(project.home, "tiny_clicks", store=project.store)
+    assert second.manifest.data_hash == first.manifest.data_hash
+    assert second.manifest.key == first.manifest.key
+    assert not list(second.folder.rglob(".work"))
+
+
+def test_the_manifest_says_what_the_dataset_is(project: SimpleNamespace) -> None:
+    samples = build_samples(project.home, SampleSpec())
+    dataset = build_dataset(project.home, "tiny_clicks", store=project.store)
+    manifest = dataset.manifest
+    assert manifest.samples_hash == samples.data_hash
+    assert manifest.rows == samples.rows
+    assert manifest.positives == {name: dict(counts) for name, counts in samples.positives.items()}
+    assert manifest.derived_keys == {"genre": "item_profile:primary_genre"}
+    assert manifest.schema == {field.name: str(field.type) for field in dataset.schema}
+    assert manifest.label == "click"
+    assert [feature.side for feature in manifest.features] == ["request", "request"] + ["candidate"] * 3
+    assert dataset.split("valid").to_table(["click"]).num_rows == samples.rows["valid"]
+
+
+def test_feast_knows_the_dataset_as_a_saved_dataset(project: SimpleNamespace) -> None:
+    build_samples(project.home, SampleSpec())
+    dataset = build_dataset(project.home, "tiny_clicks", store=project.store)
+    saved = project.store.get_saved_dataset(saved_name(dataset))
+    assert saved.feature_service_name == "tiny_clicks"
+    assert saved.tags["plait.data_hash"] == dataset.manifest.data_hash
+    read = saved.to_df()
+    assert len(read) == sum(dataset.manifest.rows.values())
+    assert set(dataset.features) <= set(read.columns)
+
+
+def test_a_truncated_part_is_named_on_opening_and_the_next_build_repairs_it(project: SimpleNamespace) -> None:
+    build_samples(project.home, SampleSpec())
+    dataset = build_dataset(project.home, "tiny_users", store=project.store)
+    part = dataset.folder / dataset.manifest.parts[0].path
+    part.write_bytes(part.read_bytes()[:-7])
+    with pytest.raises(DataError, match=r"part-00000\.parquet: \d+ bytes where \d+ bytes were written"):
+        Dataset.open(dataset.folder)
+    repaired = build_dataset(project.home, "tiny_users", store=project.store)
+    assert repaired.manifest.data_hash == dataset.manifest.data_hash
+
+
+def test_a_flipped_byte_is_found_by_verifying(project: SimpleNamespace) -> None:
+    build_samples(project.home, SampleSpec())
+    dataset = build_dataset(project.home, "tiny_users", store=project.store)
+    part = dataset.folder / dataset.manifest.parts[0].path
+    content = bytearray(part.read_bytes())
+    content[60] ^= 1
+    part.write_bytes(content)
+    with pytest.raises(DataError, match="SHA-256 differs"):
+        Dataset.open(dataset.folder, verify=True)
+
+
+def test_a_failed_retrieval_leaves_no_dataset(project: SimpleNamespace) -> None:
+    build_samples(project.home, SampleSpec())
+    source = project.home.features / "user_stats" / "part-0.parquet"
+    source.write_bytes(b"PAR1 torn")
+    with pytest.raises(StoreError):
+        build_dataset(project.home, "tiny_users", store=project.store)
+    assert list(project.home.datasets.iterdir()) == []
+
+
+def test_names_that_are_nearly_right_are_suggested(project: SimpleNamespace) -> None:
+    with pytest.raises(DataError, match="run `plait samples build` first"):
+        build_dataset(project.home, "tiny_clicks", store=project.store)
+    build_samples(project.home, SampleSpec())
+    with pytest.raises(UnknownNameError, match="did you mean 'tiny_clicks'"):
+        build_dataset(project.home, "tiny_click", store=project.store)
+    with pytest.raises(UnknownNameError, match="did you mean 'click'"):
+        build_dataset(project.home, "tiny_clicks", label="clik", store=project.store)
+    with pytest.raises(UnknownNameError, match="did you mean 'tiny'"):
+        read_model(project.home, "tinny")
+    dataset = build_dataset(project.home, "tiny_users", store=project.store)
+    with pytest.raises(UnknownNameError, match="did you mean 'train'"):
+        dataset.split("tain")
+    with pytest.raises(UnknownNameError, match="did you mean 'mean_7d'"):
+        dataset.split("train").to_table(["mean7d"])
+
+
+def test_a_model_configuration_without_its_keys_says_which(project: SimpleNamespace) -> None:
+    config = project.home.project / "trainers" / "configs" / "odd.yaml"
+    config.write_text("name: odd\nlabel: click\n")
+    with pytest.raises(SpecError, match="lacks feature_service"):
+        read_model(project.home, "odd")
+    config.write_text("name: [odd\n")
+    with pytest.raises(SpecError, match="not YAML"):
+        read_model(project.home, "odd")
+
+
+def test_the_command_builds_for_a_model_then_reuses_and_shows_the_card(
+    project: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from plait.cli import cli
+
+    monkeypatch.chdir(project.home.project)
+    monkeypatch.delenv("PLAIT_HOME", raising=False)
+    build_samples(project.home, SampleSpec())
+    first = CliRunner().invoke(cli, ["dataset", "build", "tiny"])
+    assert first.exit_code == 0, first.output
+    assert "built " in first.output
+    assert "5 features of tiny_clicks" in first.output
+    again = CliRunner().invoke(cli, ["dataset", "build", "--service", "tiny_clicks"])
+    assert "reused " in again.output
+    shown = CliRunner().invoke(cli, ["dataset", "show"])
+    assert "| mean_7d | user_stats | float |" in shown.output
+    assert "## Label rate by day" in shown.output
+    listed = CliRunner().invoke(cli, ["dataset", "list"])
+    assert "5 features" in listed.output
+    wrong = CliRunner().invoke(cli, ["dataset", "build", "tny"])
+    assert wrong.exit_code == 2
+    assert "did you mean 'tiny'" in wrong.output
+    both = CliRunner().invoke(cli, ["dataset", "build"])
+    assert both.exit_code == 2
+    assert "name one of MODEL and --service" in both.output

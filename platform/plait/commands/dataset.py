@@ -49,7 +49,7 @@ def build(model: str | None, service: str | None, label: str | None, samples: st
     for part, rows in built.manifest.rows.items():
         click.echo(f"  {part:<6} {rows:>12,} rows")
     click.echo(f"  {len(built.features)} features of {built.manifest.feature_service}")
-    if card:
+    if card and (built_now or not (built.folder / "card.json").exists()):
         for warning in write_card(built, label=label).warnings:
             click.echo(f"warning: {warning}", err=True)
 

@@ -56,7 +56,8 @@ class PartWriter:
         group, rest = whole.slice(0, rows), whole.slice(rows)
         self._waiting, self._n_waiting = ([rest] if rest.num_rows else []), rest.num_rows
         if self._writer is None:
-            self._writer = pq.ParquetWriter(self._path(), self.schema)
+            # Keeps the name of a list's items, so that the schema read is the schema written.
+            self._writer = pq.ParquetWriter(self._path(), self.schema, use_compliant_nested_type=False)
         self._writer.write_table(group.combine_chunks(), row_group_size=ROW_GROUP_ROWS)
         self.n_rows += group.num_rows
         self._in_part += group.num_rows

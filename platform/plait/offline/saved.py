@@ -8,11 +8,17 @@ from typing import TYPE_CHECKING
 import pyarrow.compute as pc
 
 from plait.offline.dataset import Dataset
+from plait.offline.retrieval import streams
 from plait.offline.splits import PARTS
 
 if TYPE_CHECKING:
     from feast import FeatureStore
     from feast.saved_dataset import SavedDataset
+
+
+def saved_name(dataset: Dataset) -> str:
+    """The dataset's name in Feast's registry."""
+    return dataset.folder.name.replace("-", "_")
 
 
 def register_dataset(store: FeatureStore, dataset: Dataset) -> SavedDataset:
@@ -24,11 +30,13 @@ def register_dataset(store: FeatureStore, dataset: Dataset) -> SavedDataset:
     from feast.saved_dataset import SavedDataset
 
     manifest = dataset.manifest
+    # Plait's offline store reads all parts below a folder, the stock one only what a pattern names.
+    place = dataset.folder if streams(store) else dataset.folder / "*" / "*.parquet"
     saved = SavedDataset(
-        name=dataset.folder.name.replace("-", "_"),
+        name=saved_name(dataset),
         features=[f"{feature.view}:{feature.name}" for feature in manifest.features],
         join_keys=["user_id", "item_id"],
-        storage=SavedDatasetFileStorage(path=str(dataset.folder / "*" / "*.parquet")),
+        storage=SavedDatasetFileStorage(path=str(place)),
         tags={
             "plait.data_hash": manifest.data_hash,
             "plait.samples_hash": manifest.samples_hash,
