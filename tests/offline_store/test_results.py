@@ -162,6 +162,19 @@ def test_projections_and_aliases_of_a_feature_service(shop: Any) -> None:
     assert not result["friend__spend"].equals(result["me__spend"])
 
 
+def test_renaming_one_key_of_several_leaves_the_others_joined(shop: Any) -> None:
+    from feast import FeatureService
+
+    pairs = shop.store().get_feature_view("pairs").with_join_key_map({"user_id": "friend_id"})
+    shop.store().apply([FeatureService(name="renamed", features=[pairs])])
+    entities = shop.entities.append_column("friend_id", shop.entities["user_id"])
+    service = shop.store().get_feature_service("renamed")
+    renamed = shop.store().get_historical_features(entities, service).to_arrow()
+    plain = shop.store().get_historical_features(shop.entities, ["pairs:rank"]).to_arrow()
+    assert renamed["rank"].equals(plain["rank"])
+    assert 0 < plain["rank"].null_count < len(plain)
+
+
 def test_many_threads_share_one_store(shop: Any) -> None:
     store = shop.store()
     slices = [shop.entities.slice(i * 100, 100) for i in range(10)]
@@ -197,3 +210,22 @@ def test_the_query_can_be_read(shop: Any) -> None:
     sql = shop.store().get_historical_features(shop.entities, shop.features).to_sql()
     assert sql.count("ASOF LEFT JOIN") == 2
     assert "users.parquet" in sql
+
+
+def test_a_join_larger_than_its_memory_completes_by_spilling(repo: Any, view: Any) -> None:
+    rng = np.random.default_rng(0)
+    n = 400_000
+    columns = {f"f{i}": rng.random(n) for i in range(8)}
+    moments = pa.array(rng.integers(0, 10**12, n)).cast(MICROS)
+    table = pa.table({"user_id": rng.integers(0, 40_000, n), "event_timestamp": moments, **columns})
+    repo.apply([view("v", repo.write("v.parquet", table), features=dict.fromkeys(columns, "Float64"))])
+    features = [f"v:{name}" for name in columns]
+    entities = table.select(["user_id", "event_timestamp"]).take(pa.array(rng.permutation(n)))
+    bounded = repo.store(memory_limit="60MB", threads=1, temp_directory="spill")
+    job = bounded.get_historical_features(entities, features)
+    with job.to_arrow_reader() as reader:
+        first = reader.read_next_batch()
+        spilled = sum(file.stat().st_size for file in (repo.path / "spill").rglob("*") if file.is_file())
+        streamed = pa.Table.from_batches([first, *reader])
+    assert spilled > 5_000_000
+    assert streamed.equals(repo.store().get_historical_features(entities, features).to_arrow())
