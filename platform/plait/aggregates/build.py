@@ -23,7 +23,7 @@ import ibis
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from plait.aggregates.events import ENTER, FULL, TIME, check_magnitudes, normalised, raw_events
+from plait.aggregates.events import ENTER, FULL, TIME, check_magnitudes, has_copies, normalised, raw_events
 from plait.aggregates.manifest import (
     BuildManifest,
     FileStamps,
@@ -171,7 +171,8 @@ class _Builder:
         return {name: self.engine.read_parquet(self.home.events / name) for name in self.spec.events.attribute_tables}
 
     def _normalised(self, raw: ir.Table) -> ir.Table:
-        return normalised(self.engine, self.plan, raw, self._attributes())
+        copies = has_copies(self.engine, self.plan, raw)
+        return normalised(self.engine, self.plan, raw, self._attributes(), copies=copies)
 
     def _has_late(self, events: ir.Table) -> bool:
         """Only least and greatest care, and only within windows that end."""
@@ -190,9 +191,10 @@ class _Builder:
         with self._new_state() as state, atomic_folder(self.folder) as folder:
             with self._writer(folder / name, raw) as writer:
                 for i, shard in enumerate(shards):
-                    events = self._normalised(shard)
-                    writer.write(feature_rows(self.plan, events, span, late=self._has_late(events)))
-                    state.add(events, span, None)
+                    # Every kind of change, and the state, reads the events: normalise them once.
+                    with self._normalised(shard).cache() as events:
+                        writer.write(feature_rows(self.plan, events, span, late=self._has_late(events)))
+                        state.add(events, span, None)
                     self.on_shard(i + 1, len(shards))
         self._commit(sources, state.token, writer.rows)
         return writer.rows
@@ -213,9 +215,9 @@ class _Builder:
         with self._new_state() as state:
             if touched is None:
                 with atomic_file(self.folder / name) as aside, self._writer(aside, raw) as writer:
-                    events = self._normalised(raw)
-                    writer.write(feature_rows(self.plan, events, span, base=base, late=self._has_late(events)))
-                    state.add(events, span, base)
+                    with self._normalised(raw).cache() as events:
+                        writer.write(feature_rows(self.plan, events, span, base=base, late=self._has_late(events)))
+                        state.add(events, span, base)
                 n_touched = 0
             else:
                 n_touched = self.engine.count(touched)
@@ -318,7 +320,7 @@ class _Builder:
     @contextmanager
     def _writer(self, path: Path, raw: ir.Table) -> Iterator[_TableWriter]:
         if self._schema is None:
-            events = self._normalised(raw)
+            events = normalised(self.engine, self.plan, raw, self._attributes())
             rows = feature_rows(self.plan, events, Span(until=self.until_us), late=False).schema().to_pyarrow()
             stamped = [("event_timestamp", TIMESTAMP), ("created", TIMESTAMP)]
             values = [(name, rows.field(name).type) for name in self.spec.columns]

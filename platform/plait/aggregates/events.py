@@ -71,10 +71,21 @@ def once(plan: Plan, raw: ir.Table) -> ir.Table:
     return ranked.filter((ranked["_rank"] == 0) | ranked[ids[0]].isnull()).drop("_rank")
 
 
-def normalised(engine: Engine, plan: Plan, raw: ir.Table, attributes: Mapping[str, ir.Table]) -> ir.Table:
-    """Keys, `_id`, times, and the plan's columns: `_m<i>` int64, `_x<i>` and list values as they are, `_d<i>`."""
+def has_copies(engine: Engine, plan: Plan, raw: ir.Table) -> bool:
+    """Whether any event is there twice: to know costs a tenth of sorting copies out."""
+    counts = raw.group_by(list(plan.spec.events.id)).aggregate(_n=raw.count())
+    return bool(engine.count(counts.filter(counts["_n"] > 1).limit(1)))
+
+
+def normalised(
+    engine: Engine, plan: Plan, raw: ir.Table, attributes: Mapping[str, ir.Table], *, copies: bool = True
+) -> ir.Table:
+    """Keys, `_id`, times, and the plan's columns: `_m<i>` int64, `_x<i>` and list values as they are, `_d<i>`.
+
+    copies: False if every event is known to be there once.
+    """
     spec = plan.spec
-    events = _with_attributes(engine, plan, once(plan, raw), attributes)
+    events = _with_attributes(engine, plan, once(plan, raw) if copies else raw, attributes)
     floats = [name for name in events.columns if events[name].type().is_floating()]
     # NaN counts as missing from here on: in a condition SQL would hold it greater than every number.
     events = events.mutate(**{name: _finite(events[name]) for name in floats})
