@@ -6,11 +6,11 @@ from feature_repo.context import request_context
 from feature_repo.movies import movie_profile, movie_stats
 from feature_repo.users import user_genre_stats, user_history, user_profile, user_stats
 
-# All of user_stats but the date of the last event: a date is no feature, request_context turns it into a distance.
-_user_stats = user_stats[[field.name for field in user_stats.features if field.name != "user_last_event_at"]]
 _features = [
     user_profile,
-    _user_stats,
+    # All but the date of the last event: a date is no feature, request_context turns it into a distance. (A selection
+    # is a view too: given a name of its own in this module, `feast apply` would find user_stats twice.)
+    user_stats[[field.name for field in user_stats.features if field.name != "user_last_event_at"]],
     user_history,
     movie_profile,
     movie_stats,
