@@ -106,8 +106,8 @@ class LinearBandit:
     """Contextual bandit with one ridge regression per arm: LinUCB's bound to rank arms, sampling to explore.
 
     `choose` draws each arm's reward from its posterior `n_draws` times (linear Thompson sampling) and takes an arm by
-    the share of draws it won, floored: that share is the exact propensity of the choice. `upper_bounds` are LinUCB's, `choose_ucb` takes their best with an
-    epsilon of exploration, whose propensity is exact.
+    the share of draws it won, floored: that share is the exact propensity of the choice. `upper_bounds` are LinUCB's;
+    `choose_ucb` takes their best, with an epsilon of exploration.
     Sources: Li, Chu, Langford and Schapire, "A contextual-bandit approach …", WWW 2010, algorithm 1;
     Agrawal and Goyal, "Thompson Sampling for Contextual Bandits with Linear Payoffs", ICML 2013.
     """

@@ -17,6 +17,7 @@ from experiments.report_analysis import Handle, add_feature_covariates, analyse,
 from experiments.report_conclusion import blocked_by, conclude
 from experiments.report_depth import (
     aa_splits,
+    daily_sums,
     daily_units,
     interactions,
     other_experiments,
@@ -144,14 +145,17 @@ def deepen(
     analysis = metrics.analysis
     attributes, complaints = segment_tables(tables, home.events, analysis.segments)
     others = other_experiments(tables)
+    # A metric that waits for complete windows, or is no sum over days, has no daily series.
+    daily = [handle for handle in handles if handle.metric.type != "quantile" and handle.until_first is None]
+    sums = dict(zip([handle.metric.name for handle in daily], daily_sums(tables, daily), strict=True))
     answer = []
     for handle, result in zip(handles, results, strict=True):
-        # A metric that waits for complete windows, or is no sum over days, has no daily series.
-        if handle.metric.type != "quantile" and handle.until_first is None:
+        if handle.metric.name in sums:
+            mine = sums[handle.metric.name]
             result = replace(
                 result,
-                series=tuple(series(tables, handle, analysis)),
-                trends=() if handle.metric.is_share else tuple(trends(tables, handle, analysis)),
+                series=tuple(series(tables, handle, analysis, mine)),
+                trends=() if handle.metric.is_share else tuple(trends(tables, handle, mine)),
             )
         if handle.metric.name in primaries and handle.metric.type != "quantile":
             result = replace(

@@ -155,6 +155,8 @@ def add_feature_covariates(home: Home, tables: UnitTables, handles: Sequence[Han
         name = f"f{i}"
         tables.add_covariate(name, pa.table({"key": joined["user_id"].to_numpy(), "value": values.to_numpy()}))
         handle.before = name
+        if handle.is_ratio:
+            handle.before_denominator = "1"  # a feature is a mean over units, not a ratio of sums
 
 
 def _history(column: Column) -> Column:

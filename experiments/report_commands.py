@@ -187,8 +187,8 @@ def power(
         click.echo(orjson.dumps(answer, option=orjson.OPT_INDENT_2).decode())
         return
     click.echo(
-        f"To find {effect:+.2%} on {baseline:.5g} (standard deviation {answer['std']:.5g}) with a power of {wanted:.0%} "
-        f"at alpha {alpha:g}, {arms} arms:"
+        f"To find {effect:+.2%} on {baseline:.5g} (standard deviation {answer['std']:.5g}) "
+        f"with a power of {wanted:.0%} at alpha {alpha:g}, {arms} arms:"
     )
     for rule, row in answer["rules"].items():
         days = f", {row['days']:,.1f} days" if "days" in row else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -47,13 +48,9 @@ def daily_units(tables: UnitTables) -> list[tuple[str, tuple[int, ...]]]:
     ]
 
 
-def series(tables: UnitTables, handle: Handle, analysis: Analysis) -> list[SeriesPoint]:
-    """The effect by calendar day: of everything so far (fixed and always-valid interval), and of each day alone.
-
-    Second moments of running totals come from the increments: the sum over units of S_t^2 is the running sum of
-    S_t^2 - S_(t-1)^2 over the unit-days on which something happened.
-    """
-    by_day = _sums(tables, handle, "day")
+def series(tables: UnitTables, handle: Handle, analysis: Analysis, sums: DailySums) -> list[SeriesPoint]:
+    """The effect by calendar day: of everything so far (fixed and always-valid interval), and of each day alone."""
+    by_day = sums.by_day
     new = daily_units(tables)
     n_days = max([len(new), *(day + 1 for day in by_day)], default=0)
     last_day = (micros(tables.until) - 1) // DAY_US - tables.day0
@@ -88,14 +85,14 @@ def series(tables: UnitTables, handle: Handle, analysis: Analysis) -> list[Serie
     return points
 
 
-def trends(tables: UnitTables, handle: Handle, analysis: Analysis) -> list[Trend]:
+def trends(tables: UnitTables, handle: Handle, sums: DailySums) -> list[Trend]:
     """Novelty: the relative effect by days since a unit's first exposure, and its weighted linear slope.
 
     Effects are log ratios, whose error does not depend on their sign; a day counts where its error is below 0.35,
     over the units that have been in long enough. Days are treated as independent, which makes the p-value a hint, not
     a verdict. At least six such days are needed, else no trend is given.
     """
-    by_offset = _sums(tables, handle, f"day - (first // {DAY_US} - {tables.day0})")
+    by_offset = sums.by_offset
     new = daily_units(tables)
     last_day = (micros(tables.until) - 1) // DAY_US - tables.day0
     n_arms = len(tables.plan.arms)
@@ -107,8 +104,8 @@ def trends(tables: UnitTables, handle: Handle, analysis: Analysis) -> list[Trend
             eligible = min(last_day - offset, len(new) - 1)
             if eligible < 0:
                 continue
-            sums = by_offset[offset][1]
-            control, treated = (_estimate(handle, int(entered[eligible][a]), sums[a]) for a in (0, arm))
+            alone = by_offset[offset][1]
+            control, treated = (_estimate(handle, int(entered[eligible][a]), alone[a]) for a in (0, arm))
             if not (control.usable and treated.usable and control.value > 0 and treated.value > 0):
                 continue
             variance = control.variance / control.value**2 + treated.variance / treated.value**2
@@ -135,37 +132,74 @@ def trends(tables: UnitTables, handle: Handle, analysis: Analysis) -> list[Trend
     return answer
 
 
-def _sums(tables: UnitTables, handle: Handle, group: str) -> dict[int, tuple[FloatArray, FloatArray]]:
-    """Per group and arm: increments of the sums over units of running totals, and the sums of the day's own values.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DailySums:
+    """One metric's sums by calendar day and by days since a unit's first exposure.
 
-    Both of shape (n_arms, 5): y, y^2, d, d^2, y d, where d is the denominator (0 for a mean).
+    Each entry holds two arrays of shape (n_arms, 5), columns y, y^2, d, d^2, y d (d: the denominator, 0 for a mean):
+    the increments of the sums over units of running totals, and the sums of the day's own values.
     """
 
-    def value(total: str) -> str:
-        if handle.metric.is_share:
-            return f"({total} > 0)::INTEGER"
-        if handle.cap:
-            return f"greatest(least({total}, {handle.cap[1]!r}), {handle.cap[0]!r})"
-        return total
+    by_day: dict[int, tuple[FloatArray, FloatArray]] = field(default_factory=dict)
+    by_offset: dict[int, tuple[FloatArray, FloatArray]] = field(default_factory=dict)
 
-    below = handle.denominator if handle.is_ratio else "0"
+
+def daily_sums(tables: UnitTables, handles: Sequence[Handle]) -> list[DailySums]:
+    """The sums of every handle, in their order, from one pass of running totals over unit-days.
+
+    Second moments of running totals come from the increments: the sum over units of S_t^2 is the running sum of
+    S_t^2 - S_(t-1)^2 over the unit-days on which something happened.
+    """
+    names = sorted({c for h in handles for c in ((h.numerator, h.denominator) if h.is_ratio else (h.numerator,))})
+    if not names:
+        return []
+    plain = ", ".join(f"sum(coalesce({name}, 0))::DOUBLE AS {name}" for name in names)
+    running = ", ".join(f"sum({name}) OVER w AS {name}_to" for name in names)
+    values, sums = [], []
+    for i, handle in enumerate(handles):
+        total, before = f"{handle.numerator}_to", f"{handle.numerator}_to - {handle.numerator}"
+        values += [f"{_value(handle, total)} AS y{i}", f"{_value(handle, before)} AS p{i}"]
+        y, p = f"y{i}", f"p{i}"
+        d = f"{handle.denominator}_to" if handle.is_ratio else "0"
+        e = f"({handle.denominator}_to - {handle.denominator})" if handle.is_ratio else "0"
+        values += [f"{d} AS d{i}", f"{e} AS e{i}"]
+        d, e = f"d{i}", f"e{i}"
+        sums += [
+            f"{y} - {p}",
+            f"{y} * {y} - {p} * {p}",
+            f"{d} - {e}",
+            f"{d} * {d} - {e} * {e}",
+            f"{y} * {d} - {p} * {e}",
+        ]
+        sums += [f"{y} - {p}", f"({y} - {p}) ** 2", f"{d} - {e}", f"({d} - {e}) ** 2", f"({y} - {p}) * ({d} - {e})"]
     rows = tables.db.execute(f"""
-        WITH d AS (SELECT key, arm, first, day, sum(coalesce({handle.numerator}, 0))::DOUBLE AS x,
-                          sum(coalesce({below}, 0))::DOUBLE AS d
-                   FROM daily WHERE day >= 0 GROUP BY 1, 2, 3, 4),
-        running AS (SELECT *, sum(x) OVER w AS x1, sum(d) OVER w AS d1 FROM d
-                    WINDOW w AS (PARTITION BY key ORDER BY day ROWS UNBOUNDED PRECEDING)),
-        valued AS (SELECT *, {value("x1")} AS y1, {value("x1 - x")} AS y0, d1 - d AS d0 FROM running)
-        SELECT {group}, arm,
-               sum(y1 - y0), sum(y1 * y1 - y0 * y0), sum(d), sum(d1 * d1 - d0 * d0), sum(y1 * d1 - y0 * d0),
-               sum(y1 - y0), sum((y1 - y0) * (y1 - y0)), sum(d), sum(d * d), sum((y1 - y0) * d)
-        FROM valued GROUP BY 1, 2""").fetchall()
+        WITH unit_days AS (SELECT key, arm, first, day, {plain} FROM daily WHERE day >= 0 GROUP BY 1, 2, 3, 4),
+        totals AS (SELECT *, {running} FROM unit_days
+                   WINDOW w AS (PARTITION BY key ORDER BY day ROWS UNBOUNDED PRECEDING)),
+        valued AS (SELECT arm, day, day - (first // {DAY_US} - {tables.day0}) AS since, {", ".join(values)} FROM totals)
+        SELECT day, since, arm, {", ".join(f"sum({one})::DOUBLE" for one in sums)}
+        FROM valued GROUP BY GROUPING SETS ((day, arm), (since, arm))""").fetchall()
     n_arms = len(tables.plan.arms)
-    answer: dict[int, tuple[FloatArray, FloatArray]] = {}
-    for name, arm, *sums in rows:
-        running, alone = answer.setdefault(int(name), (np.zeros((n_arms, _COLUMNS)), np.zeros((n_arms, _COLUMNS))))
-        running[arm], alone[arm] = sums[:_COLUMNS], sums[_COLUMNS:]
+    answer = [DailySums() for _ in handles]
+    for day, since, arm, *numbers in rows:
+        for i, one in enumerate(answer):
+            target, key = (one.by_day, day) if day is not None else (one.by_offset, since)
+            running_sums, alone = target.setdefault(
+                int(key), (np.zeros((n_arms, _COLUMNS)), np.zeros((n_arms, _COLUMNS)))
+            )
+            start = i * 2 * _COLUMNS
+            running_sums[arm] = numbers[start : start + _COLUMNS]
+            alone[arm] = numbers[start + _COLUMNS : start + 2 * _COLUMNS]
     return answer
+
+
+def _value(handle: Handle, total: str) -> str:
+    """A unit's value of the metric, given its running total."""
+    if handle.metric.is_share:
+        return f"({total} > 0)::INTEGER"
+    if handle.cap:
+        return f"greatest(least({total}, {handle.cap[1]!r}), {handle.cap[0]!r})"
+    return f"({total})"
 
 
 def _estimate(handle: Handle, n: int, sums: FloatArray) -> Estimate:

@@ -151,6 +151,8 @@ class Report:
         assert isinstance(answer, dict)
         answer["plan"]["control"] = self.plan.control
         answer["sample_ratio"]["mismatch"] = self.sample_ratio.mismatch
+        for name, check in (self.aa or {}).items():
+            answer["aa"][name]["healthy"] = check.healthy
         return answer
 
 

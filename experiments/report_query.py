@@ -97,9 +97,10 @@ class UnitTables:
         db.execute(f"""
             CREATE TEMP TABLE seen AS
             SELECT {key} AS key,
-                   bit_or(CASE WHEN forced THEN 0::UBIGINT ELSE (CASE arm {index} ELSE 0 END)::UBIGINT END) AS arms,
-                   bool_or(forced) AS forced,
-                   bool_or(counterfactual) AS counterfactual,
+                   bit_or((CASE WHEN coalesce(forced, false) THEN 0 ELSE CASE arm {index} ELSE 0 END END)::UBIGINT)
+                       AS arms,
+                   bool_or(coalesce(forced, false)) AS forced,
+                   bool_or(coalesce(counterfactual, false)) AS counterfactual,
                    epoch_us(min(timestamp)) AS first,
                    min(config_version) AS version,
                    count(*)::UINTEGER AS n,
@@ -393,10 +394,11 @@ def define_view(db: duckdb.DuckDBPyConnection, events: Path, table: str) -> None
     schema = {"exposures": EXPOSURES, "feedback": FEEDBACK, "impressions": IMPRESSIONS}[table]
     if any((events / table).glob("*.parquet")):
         pattern = quote(str(events / table / "*.parquet"))
-        present = {row[0] for row in db.execute(f"DESCRIBE SELECT * FROM read_parquet({pattern})").fetchall()}
+        source = f"read_parquet({pattern}, union_by_name = true)"
+        present = {row[0] for row in db.execute(f"DESCRIBE SELECT * FROM {source}").fetchall()}
         if missing := [name for name in schema.names if name not in present and name not in ("features", "created")]:
             raise DataError(f"{events / table} has no column {missing[0]!r}; it holds {', '.join(sorted(present))}")
-        db.execute(f"CREATE TEMP VIEW {table} AS SELECT * FROM read_parquet({pattern})")
+        db.execute(f"CREATE TEMP VIEW {table} AS SELECT * FROM {source}")
     else:
         db.register(f"{table}_none", schema.empty_table())
         db.execute(f"CREATE TEMP VIEW {table} AS SELECT * FROM {table}_none")

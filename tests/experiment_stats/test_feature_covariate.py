@@ -80,6 +80,8 @@ def declared(feature="habit", service="habitual"):
             "metrics": [
                 {"name": "clicks", "type": "count", "event": "click",
                  "cuped": {"feature_service": service, "feature": feature}},
+                {"name": "click_share", "type": "ratio", "numerator": {"event": "click"},
+                 "denominator": {"event": "any"}, "cuped": {"feature_service": service, "feature": feature}},
             ],
         }
     )  # fmt: skip
@@ -89,7 +91,8 @@ def declared(feature="habit", service="habitual"):
 def test_the_covariate_is_the_feature_as_of_the_first_exposure(log, habits):
     """Rows written after exposure are not read; users without a value get the mean of the others."""
     value, clicks = habits
-    result = build_report(log.home, "test", metrics=declared(), until=log.until).metrics[0]
+    result, ratio = build_report(log.home, "test", metrics=declared(), until=log.until).metrics
+    assert [value.adjusted or value.value for value in ratio.arms] == pytest.approx([1.0, 1.0])
     arms = [np.arange(N) % 2 == 1, np.arange(N) % 2 == 0]
     expected = cuped_means([PairMoments.of(clicks[arm], value[arm]) for arm in arms])
     theirs = difference(*expected.estimates)
