@@ -42,7 +42,7 @@ METRICS = {
 
 
 def make_log(root: Path, *, n_exposures: int, n_outcomes: int, n_units: int) -> None:
-    """Exposures over 14 days, outcomes up to 30 days after and as many up to 28 days before; treatment acts 2 % more."""
+    """Exposures over 14 days, outcomes to 30 days after and as many to 28 days before; treatment acts 2 % more."""
     start = int(START.timestamp())
     for table in ("exposures", "feedback"):
         (root / "events" / table).mkdir(parents=True)

@@ -40,7 +40,7 @@ def blocked_by(plan: Plan, counts: UnitCounts, ratio: SampleRatio) -> Conclusion
             f"{arm} {counts.units[arm]:,} (expected {ratio.expected.get(arm, 0):,.0f})" for arm in plan.arms
         )
         reasons = [
-            f"Sample-ratio mismatch: {split}; p = {p_text(ratio.p_value)}, below {ratio.threshold:g}.",
+            f"Sample-ratio mismatch: {split}; p {p_text(ratio.p_value)}, below {ratio.threshold:g}.",
             "Units are missing or moved in a way that depends on the arm, so any difference may be theirs.",
             "Look for lost exposures, a crash or redirect in one arm, bots, a changed weight; then restart.",
         ]

@@ -347,8 +347,8 @@ def aa_splits(
     where = "arm = 0" + ("" if handle.until_first is None else f" AND first <= {handle.until_first}")
     columns = ", ".join(f"({e})::DOUBLE AS x{i}" for i, e in enumerate(expressions))
     table = tables.db.execute(f"""
-        SELECT {columns} FROM (SELECT * FROM active WHERE {where})
-        USING SAMPLE reservoir({max_units} ROWS) REPEATABLE ({seed})""").to_arrow_table()
+        SELECT {columns} FROM (
+            SELECT * FROM active WHERE {where} ORDER BY hash(key), key LIMIT {max_units})""").to_arrow_table()
     row = tables.db.execute(f"SELECT count(*) FROM active WHERE {where}").fetchone()
     assert row is not None
     values = np.zeros((table.num_rows, len(expressions)))
