@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,8 +36,10 @@ def build(engine: str, views: tuple[str, ...], full: bool, until: datetime | Non
 
     home = find_home().create()
     end = until.replace(tzinfo=UTC) if until else Clock.of(home).now()
-    for spec in declared_aggregates(home, views):
-        with tqdm(desc=spec.name, unit="shard", leave=False) as bar:
+    specs = declared_aggregates(home, views)
+    _silence_ibis()
+    for spec in specs:
+        with tqdm(desc=spec.name, unit="shard", leave=False, disable=None) as bar:
 
             def on_shard(done: int, total: int, bar: tqdm = bar) -> None:
                 bar.total = total
@@ -75,6 +78,7 @@ def stream(folder: Path | None, once: bool, views: tuple[str, ...], table: str, 
 
     home = find_home()
     specs = registered_aggregates(home, views)
+    _silence_ibis()
     folder = folder or log_folder(home)
     total: Counter[str] = Counter()
     with stream_updater(home, specs, push_through(open_store(home))) as updater:
@@ -92,3 +96,9 @@ def stream(folder: Path | None, once: bool, views: tuple[str, ...], table: str, 
         except KeyboardInterrupt:
             click.echo("stopped", err=True)
     click.echo(f"pushed {sum(total.values()):,} rows in all")
+
+
+def _silence_ibis() -> None:
+    """ibis 12 calls DuckDB by names that DuckDB 1.5 deprecates, which is no news to who builds features; feast, once
+    imported, has every such warning printed."""
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"ibis\.")
