@@ -165,7 +165,7 @@ class PackedOnlineStore(OnlineStore):
         except KeyError:
             # Written by another process in a schema not met before.
             for fingerprint, text in self.load_schemas(config).items():
-                self._schemas[fingerprint] = RowSchema.from_json(text)
+                self._schemas[fingerprint] = RowSchema.from_text(text)
         try:
             return unpack(rows, features, self._schemas, oldest_us=oldest_us)
         except KeyError as error:

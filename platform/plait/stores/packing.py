@@ -68,17 +68,19 @@ class RowSchema:
     def of(cls, features: Mapping[str, ValueType]) -> RowSchema:
         return cls(tuple(Feature(name, features[name]) for name in sorted(features)))
 
-    def to_json(self) -> str:
+    @cached_property
+    def text(self) -> str:
+        """The schema as JSON, in which stores keep it."""
         return json.dumps([[feature.name, feature.value_type.name] for feature in self.features])
 
     @classmethod
-    def from_json(cls, text: str) -> RowSchema:
+    def from_text(cls, text: str) -> RowSchema:
         return cls(tuple(Feature(name, ValueType[kind]) for name, kind in json.loads(text)))
 
     @cached_property
     def fingerprint(self) -> bytes:
         """8 bytes that stand for this schema in every row; equal in every process and release."""
-        return hashlib.blake2b(self.to_json().encode(), digest_size=8, person=b"plait-row").digest()
+        return hashlib.blake2b(self.text.encode(), digest_size=8, person=b"plait-row").digest()
 
     @cached_property
     def positions(self) -> dict[str, int]:
@@ -117,13 +119,16 @@ def pack(schema: RowSchema, columns: Sequence[pa.Array], event_us: np.ndarray, c
     tails: list[list[Any]] = []
     tail_end = np.full(n_rows, 8 * schema.words, dtype=np.int64)
     for position, (feature, column) in enumerate(zip(schema.features, columns, strict=True)):
-        present = _validity(column)
-        valid[:, position] = present
         slot = words[:, first_slot + position]
         storage = feature.storage
-        if storage.in_word:
+        if storage.in_word and not column.null_count:
+            valid[:, position] = True
             slot[:] = _words_of(column, storage)
-            slot[~present] = 0
+            continue
+        present = _validity(column)
+        valid[:, position] = present
+        if storage.in_word:
+            slot[:] = np.where(present, _words_of(column.fill_null(_filler(column.type)), storage), 0)
             continue
         pieces, lengths = _pieces_of(column, storage, present)
         slot[:] = np.where(present, tail_end | (lengths << 32), 0)
@@ -145,13 +150,17 @@ def _validity(column: pa.Array) -> np.ndarray:
 
 
 def _words_of(column: pa.Array, storage: Storage) -> np.ndarray:
-    """A scalar column as int64 words, whatever at nulls."""
+    """A scalar column without nulls as int64 words."""
     if storage.layout == "float":
-        plain = _numpy(column.fill_null(0.0)).astype("<f8")
-        return plain.view("<i8")
+        return _numpy(column).astype("<f8").view("<i8")
     if pa.types.is_timestamp(column.type):
         column = column.view(pa.int64())
-    return _numpy(column.fill_null(False if pa.types.is_boolean(column.type) else 0)).astype("<i8")
+    return _numpy(column).astype("<i8")
+
+
+def _filler(arrow: pa.DataType) -> pa.Scalar:
+    """Some value of a word's type, to stand where a null is while a column is moved."""
+    return pa.scalar(0).cast(arrow)
 
 
 def _numpy(column: pa.Array) -> np.ndarray:

@@ -114,7 +114,7 @@ class PackedRedisOnlineStore(PackedOnlineStore):
             view.table,
             view.key_signature,
             view.schema.fingerprint,
-            view.schema.to_json(),
+            view.schema.text,
             config.online_store.key_ttl_seconds,
         )
         with self._errors(config):

@@ -116,7 +116,7 @@ class PackedSQLiteOnlineStore(PackedOnlineStore):
         with self._transaction(config) as db:
             _create(db, view)
             db.execute(
-                "INSERT OR IGNORE INTO plait_schemas VALUES (?, ?)", (view.schema.fingerprint, view.schema.to_json())
+                "INSERT OR IGNORE INTO plait_schemas VALUES (?, ?)", (view.schema.fingerprint, view.schema.text)
             )
             db.executemany(upsert, zip(keys, event_us.tolist(), created_us.tolist(), rows, strict=True))
 
