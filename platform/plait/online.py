@@ -204,4 +204,3 @@ def _output(outputs: pd.DataFrame, name: str, dtype: pa.DataType, size: int, ref
         return pa.array(outputs[name], type=dtype, from_pandas=True)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise SpecError(f"transform {reference}: output {name!r} is not {dtype}: {error}") from error
-

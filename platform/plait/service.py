@@ -232,10 +232,10 @@ def _extend(read: dict[str, list[str]], view: str, features: Iterable[str]) -> N
 
 
 def _arrow(dtype: Any) -> pa.DataType:
-    from feast.types import from_feast_to_pyarrow_type
+    from feast.type_map import feast_value_type_to_pa
 
-    arrow = from_feast_to_pyarrow_type(dtype)
-    # Feast's timestamps carry no zone; ours are microseconds UTC everywhere.
+    arrow = feast_value_type_to_pa(dtype.to_value_type())
+    # Feast's timestamps carry no zone here; ours are microseconds UTC everywhere.
     return pa.timestamp("us", tz="UTC") if pa.types.is_timestamp(arrow) else arrow
 
 

@@ -30,7 +30,8 @@ def test_every_impression_is_logged_with_arm_model_and_features(demo):
 
 def test_the_log_became_samples(demo):
     project, _ = demo
-    samples = pq.read_table(project / ".plait/samples/default", columns=["request_id", "click", "split"]).to_pylist()
+    parts = sorted((project / ".plait/samples/default").glob("*.parquet"))
+    samples = pq.read_table(parts, columns=["request_id", "click", "split"]).to_pylist()
     live = [row for row in samples if not row["request_id"].startswith("s")]
     assert any(row["click"] for row in live)
     assert any(row["split"] == "train" for row in live)

@@ -61,9 +61,7 @@ class Project:
 
     def apply(self, fields=FIELDS) -> FeatureView:
         user = Entity(name="user", join_keys=["user_id"], value_type=ValueType.INT64)
-        batch = FileSource(
-            path=str(self.source), timestamp_field="event_timestamp", created_timestamp_column="created"
-        )
+        batch = FileSource(path=str(self.source), timestamp_field="event_timestamp", created_timestamp_column="created")
         view = FeatureView(
             name="stats",
             entities=[user],

@@ -129,9 +129,7 @@ WRITES = st.lists(
 
 
 @given(writes=WRITES, batch=st.integers(1, 4))
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_store_agrees_with_a_dict_that_keeps_the_newest(backend, stores, writes, batch):
     """Older never overwrites newer; of equal event times the newer created wins; of equal both, the later write."""
     view = stores.view({"x": Int64})

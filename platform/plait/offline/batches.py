@@ -21,6 +21,7 @@ from plait.errors import DataError, SpecError
 from plait.offline.dataset import Split, corrupt_part
 
 NULL_INTEGER = -1
+_BLOCK_ROWS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,11 @@ class Ragged:
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
+
+    def slice(self, start: int, stop: int) -> Ragged:
+        """Rows start to stop, without copying values."""
+        offsets = self.offsets[start : stop + 1]
+        return Ragged(self.values[offsets[0] : offsets[-1]], offsets - offsets[0])
 
     def take(self, rows: np.ndarray) -> Ragged:
         """The chosen rows, in the order given."""
@@ -116,15 +122,13 @@ class BatchReader:
 
     def epoch(self, number: int = 0) -> Iterator[Batch]:
         """The shard's batches; with shuffling, another order for each `number`, the same in every process."""
-        rng = np.random.default_rng([self.spec.seed, number, self.spec.shard])
         waiting: list[Batch] = []
         n_waiting = 0
         for buffer in self._buffers(number):
             n = _n_rows(buffer)
-            order = rng.permutation(n) if self.spec.shuffle_rows else None
             if n_waiting:  # finish the batch that the last buffer began
                 need = min(self.spec.batch_rows - n_waiting, n)
-                waiting.append(_rows(buffer, order, 0, need))
+                waiting.append(_rows(buffer, 0, need))
                 n_waiting += need
                 at = need
             else:
@@ -133,10 +137,10 @@ class BatchReader:
                 yield _joined(waiting)
                 waiting, n_waiting = [], 0
             while n_waiting == 0 and at + self.spec.batch_rows <= n:
-                yield _rows(buffer, order, at, at + self.spec.batch_rows)
+                yield _rows(buffer, at, at + self.spec.batch_rows)
                 at += self.spec.batch_rows
             if at < n:
-                waiting.append(_rows(buffer, order, at, n))
+                waiting.append(_rows(buffer, at, n))
                 n_waiting += n - at
         if n_waiting and not self.spec.drop_last:
             yield _joined(waiting)
@@ -154,8 +158,8 @@ class BatchReader:
         with ThreadPoolExecutor(1, thread_name_prefix="plait-read") as pool:
             ahead: Future[Batch] | None = None
             try:
-                for pieces in plan:
-                    following = pool.submit(self._load, pieces)
+                for index, pieces in enumerate(plan):
+                    following = pool.submit(self._load, pieces, number, index)
                     if ahead is not None:
                         yield ahead.result()
                     ahead = following
@@ -187,18 +191,37 @@ class BatchReader:
             gathered += high - low
         return plan
 
-    def _load(self, pieces: Sequence[Piece]) -> Batch:
-        table = pa.concat_tables([piece.read(self.columns) for piece in pieces])
-        if self.encode is None:
-            arrays = {name: to_numpy(table.column(name), name) for name in self.columns}
+    def _load(self, pieces: Sequence[Piece], number: int, index: int) -> Batch:
+        """One buffer, shuffled; all of it happens in the reading thread, beside the caller's work."""
+        tables = [piece.read(self.columns) for piece in pieces]
+        if self.encode is not None:
+            parts = [self._encoded(pa.concat_tables(tables))]
         else:
-            arrays = dict(self.encode(table))
-            for name, array in arrays.items():
-                if len(array) != table.num_rows:
-                    raise DataError(f"encode gave {len(array)} rows of {name!r} for {table.num_rows}")
-        for name, columns in (self.spec.pack or {}).items():
-            arrays[name] = _stacked(name, columns, arrays)
+            parts = [{name: to_numpy(table.column(name), name) for name in self.columns} for table in tables]
+        buffer = self._packed(parts)
+        if not self.spec.shuffle_rows:
+            return buffer
+        rng = np.random.default_rng([self.spec.seed, number, self.spec.shard, index])
+        order = rng.permutation(_n_rows(buffer))
+        return {
+            name: column.take(order) if isinstance(column, Ragged) else np.take(column, order, axis=0)
+            for name, column in buffer.items()
+        }
+
+    def _encoded(self, table: pa.Table) -> Batch:
+        assert self.encode is not None
+        arrays = dict(self.encode(table))
+        for name, array in arrays.items():
+            if len(array) != table.num_rows:
+                raise DataError(f"encode gave {len(array)} rows of {name!r} for {table.num_rows}")
         return arrays
+
+    def _packed(self, parts: list[Batch]) -> Batch:
+        """The parts one after the other, with the columns of `pack` side by side."""
+        packed = {name: _stacked(name, columns, parts) for name, columns in (self.spec.pack or {}).items()}
+        taken = {column for columns in (self.spec.pack or {}).values() for column in columns}
+        single = [{name: array for name, array in part.items() if name not in taken} for part in parts]
+        return {**_joined(single), **packed}
 
 
 def to_numpy(column: pa.ChunkedArray | pa.Array, name: str = "column") -> Column:
@@ -238,28 +261,31 @@ def _row_groups(split: Split) -> Iterator[Piece]:
                 yield Piece(file, group, 0, n)
 
 
-def _stacked(name: str, columns: Sequence[str], arrays: Batch) -> np.ndarray:
-    parts = [arrays.pop(column) for column in columns]
-    for column, part in zip(columns, parts, strict=True):
-        if isinstance(part, Ragged):
+def _stacked(name: str, columns: Sequence[str], parts: Sequence[Batch]) -> np.ndarray:
+    """(rows of all parts, columns), filled in blocks small enough to stay in the cache."""
+    first = [parts[0][column] for column in columns]
+    for column, array in zip(columns, first, strict=True):
+        if isinstance(array, Ragged):
             raise SpecError(f"pack {name!r}: {column!r} is a list; only single numbers can be stacked")
-    return np.stack(parts, axis=1)  # type: ignore[arg-type]
+    matrix = np.empty((sum(_n_rows(part) for part in parts), len(columns)), np.result_type(*first))  # type: ignore[arg-type]
+    at = 0
+    for part in parts:
+        n = _n_rows(part)
+        for start in range(0, n, _BLOCK_ROWS):
+            stop = min(start + _BLOCK_ROWS, n)
+            for i, column in enumerate(columns):
+                matrix[at + start : at + stop, i] = part[column][start:stop]  # type: ignore[index]
+        at += n
+    return matrix
 
 
 def _n_rows(batch: Batch) -> int:
     return len(next(iter(batch.values())))
 
 
-def _rows(buffer: Batch, order: np.ndarray | None, start: int, stop: int) -> Batch:
-    if order is None:
-        rows: slice | np.ndarray = slice(start, stop)
-        return {
-            name: column.take(np.arange(start, stop)) if isinstance(column, Ragged) else column[rows]
-            for name, column in buffer.items()
-        }
-    chosen = order[start:stop]
+def _rows(buffer: Batch, start: int, stop: int) -> Batch:
     return {
-        name: column.take(chosen) if isinstance(column, Ragged) else np.take(column, chosen, axis=0)
+        name: column.slice(start, stop) if isinstance(column, Ragged) else column[start:stop]
         for name, column in buffer.items()
     }
 

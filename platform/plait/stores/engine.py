@@ -197,9 +197,7 @@ class ColumnarComputeEngine(ComputeEngine):
                 table = table.append_column(DUMMY_ENTITY_ID, pa.array([""] * len(table)))
             digest = _digest(table, stored)
             if digest not in finished:
-                store.write_columns(
-                    self.repo_config, stored, table, event_timestamp=event_timestamp, created=created
-                )
+                store.write_columns(self.repo_config, stored, table, event_timestamp=event_timestamp, created=created)
                 store.note_batch(self.repo_config, stored, digest)
             yield len(table)
         store.forget_batches(self.repo_config, stored)

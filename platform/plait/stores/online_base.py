@@ -290,8 +290,7 @@ class PackedOnlineStore(OnlineStore):
     ) -> None:
         """All views of a get_online_features in one round trip; Feast's default makes one each."""
         unique = [
-            utils._get_unique_entities(table, join_key_values, entity_name_to_join_key_map)
-            for table, _ in grouped_refs
+            utils._get_unique_entities(table, join_key_values, entity_name_to_join_key_map) for table, _ in grouped_refs
         ]
         reads = [
             (table, utils._get_entity_key_protos(entities), names)
@@ -387,4 +386,3 @@ def _moments(column: pa.ChunkedArray | None, n_rows: int = 0) -> np.ndarray:
         raise StoreError(f"a timestamp column came as {column.type}; it must be a timestamp")
     plain = column.cast(MOMENT, safe=False).cast(pa.int64()).fill_null(NO_CREATED)
     return plain.to_numpy()
-

@@ -272,9 +272,7 @@ def _unpack_mixed(
     parts = [unpack([rows[index] for index in group], wanted, schemas, oldest_us=oldest_us) for group in kinds.values()]
     order = np.argsort(np.concatenate([np.asarray(group) for group in kinds.values()]), kind="stable")
     take = pa.array(order)
-    arrays = [
-        pa.concat_arrays([part.arrays[column] for part in parts]).take(take) for column in range(len(wanted))
-    ]
+    arrays = [pa.concat_arrays([part.arrays[column] for part in parts]).take(take) for column in range(len(wanted))]
     return Unpacked(
         arrays,
         np.concatenate([part.event_us for part in parts])[order],

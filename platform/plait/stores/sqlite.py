@@ -115,9 +115,7 @@ class PackedSQLiteOnlineStore(PackedOnlineStore):
         )
         with self._transaction(config) as db:
             _create(db, view)
-            db.execute(
-                "INSERT OR IGNORE INTO plait_schemas VALUES (?, ?)", (view.schema.fingerprint, view.schema.text)
-            )
+            db.execute("INSERT OR IGNORE INTO plait_schemas VALUES (?, ?)", (view.schema.fingerprint, view.schema.text))
             db.executemany(upsert, zip(keys, event_us.tolist(), created_us.tolist(), rows, strict=True))
 
     def load_schemas(self, config: RepoConfig) -> dict[bytes, str]:

@@ -69,9 +69,7 @@ STORAGES: dict[ValueType, Storage] = {
     ValueType.FLOAT_LIST: Storage("fixed_list", pa.list_(pa.float32()), "float_list_val", np.dtype("<f4")),
     ValueType.DOUBLE_LIST: Storage("fixed_list", pa.list_(pa.float64()), "double_list_val", np.dtype("<f8")),
     ValueType.BOOL_LIST: Storage("fixed_list", pa.list_(pa.bool_()), "bool_list_val", np.dtype("u1")),
-    ValueType.UNIX_TIMESTAMP_LIST: Storage(
-        "fixed_list", pa.list_(MOMENT), "unix_timestamp_list_val", np.dtype("<i8")
-    ),
+    ValueType.UNIX_TIMESTAMP_LIST: Storage("fixed_list", pa.list_(MOMENT), "unix_timestamp_list_val", np.dtype("<i8")),
     ValueType.STRING_LIST: Storage("binary_list", pa.list_(pa.string()), "string_list_val"),
     ValueType.BYTES_LIST: Storage("binary_list", pa.list_(pa.binary()), "bytes_list_val"),
 }
