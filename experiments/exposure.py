@@ -66,6 +66,22 @@ class ExposureWindow:
         return len(self._since)
 
 
+def exposure_record(exposure: Any, at: datetime, request_id: str, config_version: int | None) -> dict[str, Any]:
+    """One row of events/exposures, of an ArmRef that `Assignment.exposures` returned."""
+    return {
+        "timestamp": (at - _EPOCH) // _MICROSECOND,
+        "request_id": request_id,
+        "unit_kind": exposure.unit_kind,
+        "unit": exposure.unit,
+        "layer": exposure.layer,
+        "experiment": exposure.experiment,
+        "arm": exposure.arm,
+        "config_version": config_version,
+        "forced": bool(exposure.forced),
+        "counterfactual": bool(exposure.counterfactual),
+    }
+
+
 class ExposureRecorder:
     """Turns what an assignment was used for into records of the event log.
 
@@ -100,19 +116,7 @@ class ExposureRecorder:
                 exposure.counterfactual,
             )
             if self.window.first(key):
-                record = {
-                    "timestamp": (at - _EPOCH) // _MICROSECOND,
-                    "request_id": request_id,
-                    "unit_kind": exposure.unit_kind,
-                    "unit": exposure.unit,
-                    "layer": exposure.layer,
-                    "experiment": exposure.experiment,
-                    "arm": exposure.arm,
-                    "config_version": assignment.version,
-                    "forced": exposure.forced,
-                    "counterfactual": exposure.counterfactual,
-                }
-                fresh.append((key, record))
+                fresh.append((key, exposure_record(exposure, at, request_id, assignment.version)))
         taken = not fresh or self._enqueue([record for _, record in fresh])
         if not taken:
             for refused, _ in fresh:

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from experiments.exposure import ExposureWindow, exposure_record
 from plait.errors import PlaitError, RegistryError, RequestError
-from serving.exposures import ExposureWindow, exposure_record
 from serving.metrics import Metrics
 from serving.parts import AssignmentLike, ClockLike, Experiments, Log, Rows, ServingModel
 from serving.pool import ModelPool
@@ -275,7 +275,8 @@ class Predictor:
             for arm in fresh.values():
                 self._metrics.exposures.labels(arm.experiment, arm.arm).inc()
         else:
-            self._window.forget(fresh)
+            for refused in fresh:
+                self._window.forget(refused)
 
     def _enqueue(self, kind: str, records: Sequence[Mapping[str, Any]]) -> bool:
         try:
