@@ -21,7 +21,7 @@ def read_split(data: Dataset, split: str, label: str) -> pa.Table:
         raise UnknownNameError("label", label, data.manifest.labels, where=str(data.folder))
     table = data.split(split).to_table()
     if len(table) == 0:
-        raise DataError(f"the {split} split of {data.folder} has no rows; build samples with other --fractions")
+        raise DataError(f"the {split} split of {data.folder} has no rows; build samples with other --shares")
     return table
 
 

@@ -255,4 +255,4 @@ def _absolute_sqlite(url: str, home: Home) -> str:
 def _silence_feast() -> None:
     """Feast warns on every import and call that this or that is experimental; once known, it only hides other words."""
     warnings.filterwarnings("ignore", message=".*experimental.*", category=RuntimeWarning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"feast\.|google\.|pydantic\.")
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"feast\.|google\.|pydantic\.|ibis\.")

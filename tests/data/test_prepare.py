@@ -169,3 +169,21 @@ def test_synthetic_stars_grow_with_the_appeal(home, small):
     )
     assert set(stars) <= {1, 2, 3, 4, 5}
     assert stars[appeal > 0.6].mean() > stars[appeal < 0.3].mean() + 0.5
+
+
+def test_own_events_are_imported_by_command(tmp_path, monkeypatch):
+    (tmp_path / "feature_store.yaml").write_text("")
+    (tmp_path / "clicks.csv").write_text("who,sku,at\n1,10,1000\n2,11,2000\n")
+    monkeypatch.chdir(tmp_path)
+    command = ["data", "import", "feedback", "clicks.csv", "--unit", "ms", "--constant", "type=click"]
+    columns = [part for pair in ("user_id=who", "item_id=sku", "timestamp=at") for part in ("--column", pair)]
+    run = CliRunner().invoke(cli, [*command, *columns])
+    assert run.exit_code == 0, run.output
+    rows = table(Home(project=tmp_path, root=tmp_path / ".plait"), "feedback")
+    assert [(row["user_id"], row["item_id"], row["type"], row["timestamp"].timestamp()) for row in rows] == [
+        (1, 10, "click", 1.0),
+        (2, 11, "click", 2.0),
+    ]
+    wrong = CliRunner().invoke(cli, [*command, "--column", "itme_id=sku"])
+    assert wrong.exit_code == 2
+    assert "did you mean 'item_id'" in wrong.output

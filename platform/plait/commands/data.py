@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from plait.data.tables import Prepared, clear, prepared
-from plait.errors import DataError
+from plait.errors import DataError, SpecError
 from plait.settings import Home, find_home
 
 SOURCES = ("movielens-100k", "movielens-1m", "synthetic")
@@ -63,6 +63,60 @@ def prepare(
     if replace:
         clear(home)
     return _tell(_prepare(home, source, path, holdout, users, items, requests, days, seed))
+
+
+@data.command("import")
+@click.argument("table", type=click.Choice(["impressions", "feedback", "users", "items"]))
+@click.argument("source")
+@click.option("--format", "form", help="parquet, csv, jsonl, delta, iceberg or sql; default: as the name tells.")
+@click.option("--column", "columns", multiple=True, metavar="OURS=THEIRS", help="item_id=sku; repeat for several.")
+@click.option("--constant", "constants", multiple=True, metavar="OURS=VALUE", help="scene=home; repeat for several.")
+@click.option("--unit", default="s", show_default=True, help="Of timestamps that are numbers: s, ms or us.")
+@click.option("--query", help="Databases: SQL to run.")
+@click.option("--table", "source_table", help="Databases: the table to read whole.")
+def import_(
+    table: str,
+    source: str,
+    form: str | None,
+    columns: tuple[str, ...],
+    constants: tuple[str, ...],
+    unit: str,
+    query: str | None,
+    source_table: str | None,
+) -> None:
+    """Read your own events from SOURCE (a path, a folder, or a database's SQLAlchemy URL) into an event TABLE.
+
+    \b
+    plait data import feedback clicks.csv --column item_id=sku --constant type=click --unit ms
+    plait data import impressions postgresql://host/db --query "SELECT ..."
+
+    Importing the same source again replaces what it brought before. The clock is then the wall's, unless the home
+    replays a prepared data set.
+    """
+    from plait.data.readers import ImportSpec, import_table
+
+    spec = ImportSpec(
+        kind=table,
+        source=source,
+        format=form,
+        columns=_pairs(columns, "--column"),
+        constants=_pairs(constants, "--constant"),
+        unit=unit,
+        query=query,
+        table=source_table,
+    )
+    done = import_table(find_home().create(), spec)
+    click.echo(f"{done.kind}: {done.rows:,} rows in {done.path}")
+
+
+def _pairs(texts: tuple[str, ...], option: str) -> dict[str, str]:
+    pairs = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name or not value:
+            raise SpecError(f"{option} {text!r}: write NAME=VALUE")
+        pairs[name] = value
+    return pairs
 
 
 def _prepare(
