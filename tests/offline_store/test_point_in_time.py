@@ -94,12 +94,15 @@ def test_two_views_agree_with_the_naive_loop(
     two_views: Any,
 ) -> None:
     store = two_views(history(first, "a"), history(second, "b"), ttl)
-    result = store.get_historical_features(
+    job = store.get_historical_features(
         entity_table(entities), ["first:a", "second:b"], filter_by_created_timestamp=cutoff
-    ).to_arrow()
+    )
+    result = job.to_arrow()
     assert result["a"].to_pylist() == naive_join(entities, first, ttl=ttl, cutoff=cutoff)
     assert result["b"].to_pylist() == naive_join(entities, second, ttl=None, cutoff=cutoff)
     assert result["user_id"].to_pylist() == [key for key, _ in entities]
+    # Another query, which carries the features through the join.
+    assert job.to_arrow_reader().read_all().equals(result)
 
 
 @pytest.fixture

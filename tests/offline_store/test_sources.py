@@ -134,6 +134,47 @@ def test_a_corrupt_part_is_named_and_nothing_half_is_given(repo: Any, view: Any,
     assert not (repo.path / "out").exists()
 
 
+def test_a_part_that_is_rewritten_while_it_is_read_is_an_error_not_a_mix(
+    repo: Any, view: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from plait.stores import asof_gather
+
+    repo.write("v/0.parquet", rows((1, 0, 1), (2, 0, 2)))
+    repo.apply([view("v", "data/v", features={"a": "Int64"})])
+    find_rows = asof_gather._match
+
+    def find_rows_then_rewrite(*arguments: Any) -> pa.Table:
+        found = find_rows(*arguments)
+        repo.write("v/0.parquet", rows((2, 0, 3), (1, 0, 4)))
+        return found
+
+    monkeypatch.setattr(asof_gather, "_match", find_rows_then_rewrite)
+    with pytest.raises(StoreError, match=r"0\.parquet was rewritten while it was read; run again"):
+        ask(repo)
+    monkeypatch.undo()
+    assert ask(repo) == {"a": [4, 3]}
+
+
+@pytest.mark.parametrize("n_rows", [1, 200])
+@pytest.mark.parametrize("n_parts", [1, 3])
+def test_a_small_frame_on_a_large_source_and_the_reverse_agree_with_the_stream(
+    repo: Any, view: Any, n_rows: int, n_parts: int
+) -> None:
+    rng = np.random.default_rng(n_rows)
+    for part in range(n_parts):
+        drawn = rng.integers(0, [4, 8, 1000], (n_rows, 3))
+        repo.write(f"v/{part}.parquet", rows(*map(tuple, drawn.tolist()), s=[f"s{x}" for _, _, x in drawn]))
+    repo.apply([view("v", "data/v", features={"a": "Int64", "s": "String"}, ttl=timedelta(hours=3))])
+    moments = pa.array([T0 + timedelta(hours=int(hour)) for hour in rng.integers(0, 12, 50)], MICROS)
+    frame = pa.table({"user_id": rng.integers(0, 5, 50), "event_timestamp": moments})
+    frame = frame.append_column("name", pa.array(["x"] * 50).dictionary_encode())
+    frame = frame.append_column("long", pa.array(["y"] * 50, pa.large_string()))
+    job = repo.store().get_historical_features(frame, ["v:a", "v:s"])
+    whole = job.to_arrow()
+    assert whole.equals(job.to_arrow_reader().read_all())
+    assert 0 < whole["s"].null_count < 50
+
+
 def test_a_column_that_is_gone_is_named_with_the_nearest(repo: Any, view: Any) -> None:
     path = repo.write("v.parquet", rows((1, 0, 1)))
     repo.apply([view("v", path, features={"a": "Int64"})])

@@ -42,6 +42,7 @@ class BoundEntities:
     bounds: TimeRange
     n_rows: int | None
     files: tuple[str, ...] = ()
+    table: pa.Table | None = None  # the rows themselves, in order, where the frame is in memory
 
     def check_keys(self, view: ViewPlan) -> None:
         """Raises StoreError unless the frame has the view's keys, in types that can be compared."""
@@ -86,6 +87,7 @@ class TableEntities:
             time_column=self.time_column,
             bounds=self.bounds(),
             n_rows=self.table.num_rows,
+            table=self.table,
         )
 
     def bounds(self) -> TimeRange:
@@ -101,9 +103,7 @@ class ParquetEntities:
 
     def bind(self, db: duckdb.DuckDBPyConnection, views: Sequence[ViewPlan]) -> BoundEntities:
         relation = parquet_relation(db, self.path, name="the entity frame")
-        # A part holds fewer than 2^40 rows, so this is unique and in order of part, then row.
-        row = "(file_index::BIGINT << 40) + file_row_number"
-        bound = _bind_query(db, relation.sql, relation.columns, row=row, n_rows=relation.n_rows)
+        bound = _bind_query(db, relation.sql, relation.columns, row=relation.row, n_rows=relation.n_rows)
         return replace(bound, files=relation.files)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,11 @@ from plait.errors import StoreError
 from plait.files import atomic_file, atomic_folder
 from plait.stores.asof_engine import EngineLimits, connect, plain_errors
 from plait.stores.asof_entities import BoundEntities, Entities, from_micros
+from plait.stores.asof_gather import gather
 from plait.stores.asof_sources import is_remote, resolve_path
 from plait.stores.asof_sql import TimeRange, ViewPlan, join_query, late_query, ties_query, withheld_query
+
+logger = logging.getLogger(__name__)
 
 BATCH_ROWS = 131_072
 PART_ROWS = 1_000_000
@@ -40,10 +45,11 @@ class CreatedCutoffWarning(UserWarning):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Planned:
-    """A query ready to run on its connection."""
+    """A query ready to run on its connection; `whole` is a cheaper way to its result if all of it is wanted at once."""
 
     db: duckdb.DuckDBPyConnection
     sql: str
+    whole: Callable[[], pa.Table] | None = None
 
 
 Planner = Callable[[], AbstractContextManager[Planned]]
@@ -181,6 +187,12 @@ class DuckDBJob(RetrievalJob):
 
     def _to_arrow_internal(self, timeout: int | None = None) -> pa.Table:
         with self._plan() as planned:
+            if planned.whole is not None:
+                try:
+                    return planned.whole()
+                except (pa.ArrowInvalid, pa.ArrowCapacityError):
+                    # More than 2 GB of text in one column: Arrow cannot take from it, DuckDB can join it.
+                    logger.info("the result is too large to be gathered; joining all columns", exc_info=True)
             return planned.db.execute(planned.sql).to_arrow_table()
 
     def _to_df_internal(self, timeout: int | None = None) -> pd.DataFrame:
@@ -262,7 +274,8 @@ class PointInTime:
                 files += bound.files
                 self._check(bound, plans)
                 settled = [self._settle(db, bound, plan) for plan in plans]
-                yield Planned(db=db, sql=join_query(bound.sql, list(bound.columns), settled, bound.bounds))
+                sql = join_query(bound.sql, list(bound.columns), settled, bound.bounds)
+                yield Planned(db=db, sql=sql, whole=partial(gather, db, bound, settled))
 
     @contextmanager
     def bound(self) -> Iterator[BoundEntities]:

@@ -33,6 +33,11 @@ class Relation:
     files: tuple[str, ...] = ()  # the local parquet files behind it
     renamed: Mapping[str, str] = field(default_factory=dict)  # Feast's name → the column's own, by field_mapping
 
+    @property
+    def row(self) -> str:
+        """SQL for the number of a row (BIGINT), rising in the order of `order`; a part holds fewer than 2^40 rows."""
+        return "((file_index::BIGINT << 40) + file_row_number::BIGINT)" if self.files else "__row"
+
     def column(self, name: str, *, what: str) -> str:
         """The quoted column behind Feast's `name`; StoreError names the nearest one if there is none."""
         own = self.renamed.get(name, name)

@@ -34,6 +34,7 @@ class ViewPlan:
     ttl: timedelta | None
     cutoff: bool = False
     has_ties: bool = True  # two rows of a key share an event time: decide between them
+    row_only: bool = False  # carry the number of the source's row instead of its features, as one column
 
     @property
     def event(self) -> str:
@@ -44,6 +45,19 @@ class ViewPlan:
         if self.created_field is None:
             return None
         return self._micros(self.created_field, what="the created timestamp")
+
+    @property
+    def payload(self) -> list[str]:
+        """What the join carries, as SQL over the source: the features, or the row's number."""
+        if self.row_only:
+            return [self.relation.row]
+        what = f"a feature of view {self.name!r}"
+        return [self.relation.column(feature, what=what) for feature in self.features]
+
+    @property
+    def results(self) -> list[str]:
+        """The names in the result of what the join carries."""
+        return [f"{ROW}_{self.name}"] if self.row_only else list(self.features.values())
 
     def _micros(self, name: str, *, what: str) -> str:
         column = self.relation.column(name, what=what)
@@ -108,15 +122,11 @@ def ties_query(view: ViewPlan, bounds: TimeRange) -> str:
     )
 
 
-def view_query(view: ViewPlan, bounds: TimeRange, *, keep: str = "") -> str:
-    """The view's rows ready for the ASOF join: keys k0.., __at, __event, features f0... `keep` is a further filter."""
+def view_query(view: ViewPlan, bounds: TimeRange) -> str:
+    """The view's rows ready for the ASOF join: keys k0.., __at, __event, features f0.. (or the row's number)."""
     keys = [f"{key} AS k{i}" for i, key in enumerate(view.keys)]
-    features = [
-        f"{view.relation.column(feature, what=f'a feature of view {view.name!r}')} AS f{i}"
-        for i, feature in enumerate(view.features)
-    ]
-    where = time_filter(view, bounds) + (f" AND {keep}" if keep else "")
-    source = f"FROM {view.relation.sql} WHERE {where}"
+    features = [f"{column} AS f{i}" for i, column in enumerate(view.payload)]
+    source = f"FROM {view.relation.sql} WHERE {time_filter(view, bounds)}"
     if view.cutoff and view.created is not None:
         return _known_query(view, keys, features, source)
     select = ", ".join([*keys, f"{view.event} AS {AT}", f"{view.event} AS {EVENT}", *features])
@@ -155,21 +165,29 @@ def _known_query(view: ViewPlan, keys: list[str], features: list[str], source: s
     )
 
 
-def join_query(entity: str, columns: Sequence[str], views: Sequence[ViewPlan], bounds: TimeRange) -> str:
-    """The whole retrieval. `entity` is a relation with `columns`, its time as __at and its row number as __row."""
+def join_query(
+    entity: str, columns: Sequence[str], views: Sequence[ViewPlan], bounds: TimeRange, *, ordered: bool = True
+) -> str:
+    """The whole retrieval. `entity` is a relation with `columns`, its time as __at and its row number as __row.
+
+    In the entity rows' order; or, if not `ordered`, in any, with __row as the first column.
+    """
     names = [f"v{i}" for i in range(len(views))]
     with_ = ",\n".join(f"{name} AS ({view_query(view, bounds)})" for name, view in zip(names, views, strict=True))
     joins, outputs = [], [f"e.{quote(column)}" for column in columns]
     for name, view in zip(names, views, strict=True):
         on = [f"e.{quote(column)} = {name}.k{i}" for i, column in enumerate(view.join_keys.values())]
         joins.append(f"ASOF LEFT JOIN {name} ON {' AND '.join([*on, f'e.{AT} >= {name}.{AT}'])}")
-        for i, result in enumerate(view.features.values()):
+        for i, result in enumerate(view.results):
             value = f"{name}.f{i}"
             if view.ttl:
                 value = f"CASE WHEN {name}.{EVENT} >= e.{AT} - {ttl_micros(view.ttl)} THEN {value} END"
             outputs.append(f"{value} AS {quote(result)}")
     head = f"WITH {with_}\n" if with_ else ""
-    return f"{head}SELECT {', '.join(outputs)}\nFROM {entity} e\n" + "\n".join(joins) + f"\nORDER BY e.{ROW}"
+    if not ordered:
+        outputs.insert(0, f"e.{ROW}")
+    order = f"\nORDER BY e.{ROW}" if ordered else ""
+    return f"{head}SELECT {', '.join(outputs)}\nFROM {entity} e\n" + "\n".join(joins) + order
 
 
 def withheld_query(entity: str, view: ViewPlan, bounds: TimeRange) -> str:

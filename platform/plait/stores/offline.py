@@ -306,7 +306,7 @@ def _opener(
 
     def open_view(db: duckdb.DuckDBPyConnection) -> ViewPlan:
         return ViewPlan(
-            name=view.name,
+            name=view.projection.name_to_use(),
             relation=source_relation(db, source, repo_path),
             join_keys=join_keys,
             features=features,
