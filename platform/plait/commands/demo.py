@@ -88,8 +88,8 @@ class Run:
         self.step("feast", "apply")
         self.materialize()
         self.step("plait", "samples", "build")
-        for model in models:
-            self.step("plait", "dataset", "build", model)
+        self.step("plait", "dataset", "build", models[0])
+        for model in models:  # which build, or find, the dataset of their own feature service
             self.step("plait", "train", model)
         self.step("plait", "experiments", "apply")
 
@@ -104,7 +104,6 @@ class Run:
             self.materialize()
             # Only the newest two hundredths are kept from training, so that most served impressions are trained on.
             self.step("plait", "samples", "build", "--shares", "0.98,0.01")
-            self.step("plait", "dataset", "build", RETRAINED)
             self.step("plait", "train", RETRAINED)
             after = self.wait_for_version(RETRAINED, before)
         click.echo(
