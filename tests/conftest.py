@@ -4,6 +4,9 @@ import shutil
 import socket
 from pathlib import Path
 
+# Before any test imports Feast, which turns on Prometheus' multiprocess mode for the whole process: counters of one
+# test would then go on where another's stopped.
+import prometheus_client  # noqa: F401
 import pytest
 
 ROOT = Path(__file__).parents[1]
