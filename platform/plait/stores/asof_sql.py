@@ -122,6 +122,14 @@ def ties_query(view: ViewPlan, bounds: TimeRange) -> str:
     )
 
 
+def hashes_query(view: ViewPlan, bounds: TimeRange) -> str:
+    """One hash (h) of key and event time for each row: two that are equal are probably a tie."""
+    return (
+        f"SELECT hash({', '.join([*view.keys, view.event])}) AS h FROM {view.relation.sql} "
+        f"WHERE {time_filter(view, bounds)}"
+    )
+
+
 def view_query(view: ViewPlan, bounds: TimeRange) -> str:
     """The view's rows ready for the ASOF join: keys k0.., __at, __event, features f0.. (or the row's number)."""
     keys = [f"{key} AS k{i}" for i, key in enumerate(view.keys)]
