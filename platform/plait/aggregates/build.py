@@ -174,6 +174,14 @@ class _Builder:
         copies = has_copies(self.engine, self.plan, raw)
         return normalised(self.engine, self.plan, raw, self._attributes(), copies=copies)
 
+    @contextmanager
+    def _once_normalised(self, raw: ir.Table) -> Iterator[ir.Table]:
+        """The normalised events, computed once and stored for the length of the block."""
+        events = self._normalised(raw)
+        with events.cache() as kept:
+            # Spark stores a literal 1 as 32 bits whatever the expression says.
+            yield kept.cast(events.schema())
+
     def _has_late(self, events: ir.Table) -> bool:
         """Only least and greatest care, and only within windows that end."""
         if not self.spec.bounded_us or all(extreme.of is None for extreme in self.plan.extremes):
@@ -192,7 +200,7 @@ class _Builder:
             with self._writer(folder / name, raw) as writer:
                 for i, shard in enumerate(shards):
                     # Every kind of change, and the state, reads the events: normalise them once.
-                    with self._normalised(shard).cache() as events:
+                    with self._once_normalised(shard) as events:
                         writer.write(feature_rows(self.plan, events, span, late=self._has_late(events)))
                         state.add(events, span, None)
                     self.on_shard(i + 1, len(shards))
@@ -215,7 +223,7 @@ class _Builder:
         with self._new_state() as state:
             if touched is None:
                 with atomic_file(self.folder / name) as aside, self._writer(aside, raw) as writer:
-                    with self._normalised(raw).cache() as events:
+                    with self._once_normalised(raw) as events:
                         writer.write(feature_rows(self.plan, events, span, base=base, late=self._has_late(events)))
                         state.add(events, span, base)
                 n_touched = 0
