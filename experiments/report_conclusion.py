@@ -212,7 +212,7 @@ def _patience(results: Sequence[MetricResult], names: set[str], days_so_far: flo
     days = days_so_far * (needed / now - 1)
     return (
         f"The declared power needs about {needed:,.0f} units in all, {now:,.0f} are in: "
-        f"some {days:,.0f} more days at this rate."
+        f"{f'some {days:,.0f} more days' if days >= 1 else 'less than a day more'} at this rate."
     )
 
 

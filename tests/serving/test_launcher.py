@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,9 @@ BODY = {"scene": "home", "entities": {"user_id": 1}, "candidate_ids": [1, 2, 3]}
 @contextmanager
 def fake_server(port: int, workers: int, slow_s: float = 0.0) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     command = [sys.executable, str(Path(__file__).with_name("fake_server.py")), str(port), str(workers)]
-    process = subprocess.Popen(command, env={**os.environ, "SLOW_S": str(slow_s)}, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, env={**os.environ, "SLOW_S": str(slow_s)}, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     url = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + 60
@@ -41,7 +43,8 @@ def fake_server(port: int, workers: int, slow_s: float = 0.0) -> Iterator[tuple[
                 time.sleep(0.1)
         yield process, url
     finally:
-        process.kill()
+        with suppress(ProcessLookupError):  # the workers too, which outlive a killed parent
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
