@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shlex
 import signal
 import socket
@@ -247,7 +248,8 @@ class Run:
         click.secho("\nsteps and their times:", bold=True)
         for line, seconds in self.times:
             click.echo(f"  {seconds:6.1f} s  {line}")
-        click.echo(f"  {total:6.1f} s  in all")
+        peak_mb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+        click.echo(f"  {total:6.1f} s  in all; the largest step held {peak_mb:,.0f} MB")
 
     def tell_addresses(self) -> None:
         click.secho("\nopen:", bold=True)

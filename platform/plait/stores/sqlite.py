@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -73,8 +73,8 @@ class Connection:
                 self.db.execute(f"CREATE TABLE IF NOT EXISTS {table}")
         self.inode = _inode(path)
 
-    def __del__(self) -> None:
-        if getattr(self, "db", None) is not None and self.pid == os.getpid():
+    def __del__(self, _getpid: Callable[[], int] = os.getpid) -> None:  # at exit the module's own names are gone
+        if getattr(self, "db", None) is not None and self.pid == _getpid():
             self.db.close()
 
 
