@@ -389,16 +389,18 @@ EMPTY_DAILY = "CREATE TEMP VIEW daily AS SELECT key, arm, first, 0 AS day FROM u
 
 def define_view(db: duckdb.DuckDBPyConnection, events: Path, table: str) -> None:
     """A view over one event table; empty, with the table's schema, where there is no file yet."""
-    from plait.eventlog import EXPOSURES, FEEDBACK, IMPRESSIONS
+    from plait.eventlog import EXPOSURES, FEEDBACK, IMPRESSIONS, LATER_COLUMNS
 
     schema = {"exposures": EXPOSURES, "feedback": FEEDBACK, "impressions": IMPRESSIONS}[table]
     if any((events / table).glob("*.parquet")):
         pattern = quote(str(events / table / "*.parquet"))
         source = f"read_parquet({pattern}, union_by_name = true)"
         present = {row[0] for row in db.execute(f"DESCRIBE SELECT * FROM {source}").fetchall()}
-        if missing := [name for name in schema.names if name not in present and name not in ("features", "created")]:
+        lacking = [name for name in schema.names if name not in present and name not in ("features", "created")]
+        if missing := [name for name in lacking if name not in LATER_COLUMNS]:
             raise DataError(f"{events / table} has no column {missing[0]!r}; it holds {', '.join(sorted(present))}")
-        db.execute(f"CREATE TEMP VIEW {table} AS SELECT * FROM {source}")
+        later = "".join(f", NULL::{'DOUBLE' if name == 'propensity' else 'VARCHAR'} AS {name}" for name in lacking)
+        db.execute(f"CREATE TEMP VIEW {table} AS SELECT *{later} FROM {source}")
     else:
         db.register(f"{table}_none", schema.empty_table())
         db.execute(f"CREATE TEMP VIEW {table} AS SELECT * FROM {table}_none")

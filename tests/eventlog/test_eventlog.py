@@ -62,7 +62,7 @@ def test_what_was_appended_is_rolled_into_the_tables_once(home):
         (10, 1, '{"age":30,"year":1990}'),
         (11, 2, '{"age":30,"year":1991}'),
     ]
-    assert shown[0]["arms"] == [{"layer": "rank", "experiment": "e", "arm": "a"}]
+    assert shown[0]["arms"] == [{"layer": "rank", "experiment": "e", "arm": "a", "propensity": None}]
 
 
 def test_a_roll_that_died_before_noting_its_offset_doubles_nothing(home):

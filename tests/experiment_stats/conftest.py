@@ -129,7 +129,8 @@ class Log:
         folder = self.home.events / name
         folder.mkdir(parents=True, exist_ok=True)
         part = self._parts[name] = self._parts.get(name, 0) + 1
-        arrays = [pa.array(table[field.name], field.type) for field in schema]
+        n = len(table["timestamp"])
+        arrays = [pa.array(table.get(field.name, [None] * n), field.type) for field in schema]
         pq.write_table(pa.Table.from_arrays(arrays, schema=schema), folder / f"part-{part}.parquet")
         return self
 

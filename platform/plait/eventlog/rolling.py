@@ -27,17 +27,22 @@ from plait.files import atomic_file, write_atomically
 from plait.settings import Home
 
 TIMESTAMP = pa.timestamp("us", tz="UTC")
-ARM = pa.struct([("layer", pa.string()), ("experiment", pa.string()), ("arm", pa.string())])
+ARM = pa.struct(
+    [("layer", pa.string()), ("experiment", pa.string()), ("arm", pa.string()), ("propensity", pa.float64())]
+)
 IMPRESSIONS = pa.schema(
     [
         ("request_id", pa.string()),
         ("timestamp", TIMESTAMP),
         ("scene", pa.string()),
         ("user_id", pa.int64()),
+        ("session_id", pa.string()),
+        ("device_id", pa.string()),
         ("item_id", pa.int64()),
         ("position", pa.int32()),
         ("score", pa.float64()),
         ("propensity", pa.float64()),
+        ("team", pa.string()),  # of an interleaved list: the ranker that put the item there, "a" or "b"
         ("model", pa.string()),
         ("model_version", pa.string()),
         ("arms", pa.list_(ARM)),
@@ -52,6 +57,8 @@ FEEDBACK = pa.schema(
         ("type", pa.string()),
         ("request_id", pa.string()),
         ("user_id", pa.int64()),
+        ("session_id", pa.string()),
+        ("device_id", pa.string()),
         ("item_id", pa.int64()),
         ("timestamp", TIMESTAMP),
         ("value", pa.float64()),
@@ -70,8 +77,11 @@ EXPOSURES = pa.schema(
         ("config_version", pa.int64()),
         ("forced", pa.bool_()),
         ("counterfactual", pa.bool_()),
+        ("propensity", pa.float64()),  # of the arm, where a bandit chose it; null where a hash did
     ]
 )
+# Columns that tables written by earlier releases lack; they read as null.
+LATER_COLUMNS = frozenset({"session_id", "device_id", "team", "propensity"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,6 +171,8 @@ def impression_rows(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         "timestamp": record["timestamp"],
         "scene": record["scene"],
         "user_id": record["user_id"],
+        "session_id": record.get("session_id"),
+        "device_id": record.get("device_id"),
         "model": record.get("model"),
         "model_version": record.get("model_version"),
         "arms": record.get("arms") or [],
@@ -171,6 +183,7 @@ def impression_rows(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         "position": record.get("positions") or range(1, len(items) + 1),
         "score": record.get("scores") or [None] * len(items),
         "propensity": record.get("propensities") or [None] * len(items),
+        "team": record.get("teams") or [None] * len(items),
     }
     for i, item in enumerate(items):
         features = request_features | {name: values[i] for name, values in candidate_features.items()}
