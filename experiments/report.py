@@ -6,11 +6,9 @@ it. How each number is computed, and where it comes from, is in docs/statistics.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
-from pathlib import Path
 
 from experiments.metrics import MetricSet
 from experiments.report_analysis import Handle, add_feature_covariates, analyse, request_columns
@@ -26,9 +24,10 @@ from experiments.report_depth import (
     series,
     trends,
 )
+from experiments.report_events import DAY_US, micros, open_events
 from experiments.report_model import Conclusion, MetricResult, Report
 from experiments.report_plan import Plan, chosen_metrics, with_overrides
-from experiments.report_query import DAY_US, UnitTables, micros
+from experiments.report_query import UnitTables
 from experiments.report_source import find_plan, project_metrics
 from experiments.stats.checks import SampleRatio, adjust, sample_ratio
 from plait.clock import Clock
@@ -50,6 +49,7 @@ def build_report(
     despite_mismatch: bool = False,
     depth: bool = True,
     aa: int = 0,
+    engine: str = "duckdb",
     memory: str = "1000MB",
     threads: int = 2,
 ) -> Report:
@@ -58,7 +58,7 @@ def build_report(
     since, until: aware; exposures from `since` on (default: all), everything known before `until` (default: now).
     triggered: only units that an exposure marks counterfactual. despite_mismatch: compute effects even where the
     sample ratio blocks them. depth: with daily series, segments and interactions. aa: random splits of the control
-    arm, to check each metric's variance.
+    arm, to check each metric's variance. engine: where the pass over the events runs, duckdb or spark.
     Raises UnknownNameError for an experiment that is neither configured nor logged.
     """
     metrics = metrics or project_metrics(home)
@@ -68,15 +68,9 @@ def build_report(
         raise SpecError(f"since ({since.isoformat()}) lies before until ({until.isoformat()})")
     plan = with_overrides(plan or find_plan(home, experiment), control=control, weights=weights)
     metrics = chosen_metrics(metrics, plan)
-    with tempfile.TemporaryDirectory(prefix="plait-report-") as scratch:
-        tables = UnitTables(
-            home.events, plan, since=since, until=until, triggered=triggered, memory=memory, threads=threads,
-            scratch=Path(scratch),
-        )  # fmt: skip
-        try:
-            return _report(home, tables, metrics, since, clock.now(), despite_mismatch, depth, aa)
-        finally:
-            tables.close()
+    with open_events(home.events, engine=engine, memory=memory, threads=threads) as events:
+        tables = UnitTables(events, plan, since=since, until=until, triggered=triggered)
+        return _report(home, tables, metrics, since, clock.now(), despite_mismatch, depth, aa)
 
 
 def _report(

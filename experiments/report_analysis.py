@@ -299,7 +299,7 @@ def _event_quantiles(tables: UnitTables, handle: Handle) -> list[Estimate]:
         ends = tables.db.execute(f"SELECT quantile_cont(value, [{levels[0]!r}, {levels[1]!r}]) {where}").fetchone()
         assert ends is not None
         answer.append(quantile_estimate(value, ends[0][0], ends[0][1], n_units))
-    tables.db.execute("DROP TABLE event_values")
+    tables.events.drop("event_values")
     return answer
 
 

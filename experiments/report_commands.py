@@ -35,6 +35,13 @@ from plait.errors import SpecError
 @click.option(
     "--aa", type=int, default=0, help="Also split the control arm at random this often, to check each metric."
 )
+@click.option(
+    "--engine",
+    type=click.Choice(["duckdb", "spark"]),
+    default="duckdb",
+    show_default=True,
+    help="What reads the events; spark when they outgrow a machine.",
+)
 @click.option("--format", "form", type=click.Choice(["text", "json", "html"]), default="text", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write there instead of to the terminal.")
 def report(
@@ -48,6 +55,7 @@ def report(
     triggered: bool,
     despite_mismatch: bool,
     aa: int,
+    engine: str,
     form: str,
     out: Path | None,
 ) -> None:
@@ -82,6 +90,7 @@ def report(
         triggered=triggered,
         despite_mismatch=despite_mismatch,
         aa=aa,
+        engine=engine,
     )
     text = render(result, form)
     if out is None:

@@ -13,8 +13,9 @@ from scipy import stats
 
 from experiments.metrics import Analysis
 from experiments.report_analysis import Handle, decide_effect, estimate_of, expressions_of
+from experiments.report_events import DAY_US, micros, quote
 from experiments.report_model import LayerInteraction, SegmentResult, SeriesPoint, Trend
-from experiments.report_query import DAY_US, UnitTables, micros, quote
+from experiments.report_query import UnitTables
 from experiments.stats.checks import AACheck, aa_check, adjust, interaction
 from experiments.stats.cuped import cuped_means, cuped_ratios
 from experiments.stats.effects import difference, relative_lift
@@ -300,12 +301,14 @@ def other_experiments(tables: UnitTables) -> list[tuple[str, str, str]]:
           AND experiment <> {quote(plan.experiment)} ORDER BY 1""").fetchall()
     made = []
     for i, (experiment, layer) in enumerate(others):
-        tables.db.execute(f"""
-            CREATE TEMP TABLE other_{i} AS
-            SELECT key, min(arm) AS label FROM (
+        tables.events.keep(
+            f"other_{i}",
+            f"""
+            SELECT e.key, min(arm) AS label FROM (
                 SELECT {key} AS key, arm FROM exposures
                 WHERE experiment = {quote(experiment)} AND unit_kind = {quote(plan.unit_kind)} AND NOT forced) e
-            SEMI JOIN units USING (key) GROUP BY key HAVING min(arm) = max(arm)""")
+            WHERE e.key IN (SELECT key FROM units) GROUP BY e.key HAVING min(arm) = max(arm)""",
+        )
         made.append((f"other_{i}", experiment, layer))
     return made
 

@@ -1,5 +1,6 @@
-"""From the event log to unit-level sufficient statistics, in DuckDB, out of core.
+"""From the event log to unit-level sufficient statistics, out of core.
 
+The queries over the events run where report_events says; they are written in the SQL that DuckDB and Spark share.
 Units that did nothing have no row: they are counted, and joined to the moments of those that did something by Chan,
 Golub and LeVeque's formula, so that memory follows the number of active units. Times are microseconds since 1970.
 """
@@ -10,19 +11,15 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 
 from experiments.metrics import IMPRESSION, Column, Metric
+from experiments.report_events import DAY_US, Events, micros, quote
 from experiments.report_plan import Plan
 from experiments.stats.moments import VectorMoments
-from plait.errors import DataError
-
-DAY_US = 86_400_000_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,40 +47,17 @@ class UnitColumn:
     before_days: float | None = None
 
 
-def micros(moment: datetime) -> int:
-    """Microseconds since 1970; exact."""
-    return (moment - datetime.fromtimestamp(0, tz=moment.tzinfo)) // timedelta(microseconds=1)
-
-
 class UnitTables:
-    """The temporary tables of one report: units, their daily and total columns. Close it when done."""
+    """The temporary tables of one report: units, their daily and total columns."""
 
     def __init__(
-        self,
-        events: Path,
-        plan: Plan,
-        *,
-        since: datetime | None,
-        until: datetime,
-        triggered: bool = False,
-        memory: str = "1200MB",
-        threads: int = 2,
-        scratch: Path | None = None,
+        self, events: Events, plan: Plan, *, since: datetime | None, until: datetime, triggered: bool = False
     ) -> None:
         self.plan, self.since, self.until, self.triggered = plan, since, until, triggered
         self._until = micros(until)
         self.columns: list[UnitColumn] = []
-        self.db = duckdb.connect()
-        self.db.execute(f"SET memory_limit = '{memory}'; SET threads = {threads}; SET preserve_insertion_order = false")
-        self.db.execute("SET TimeZone = 'UTC'")
-        if scratch:
-            self.db.execute(f"SET temp_directory = {quote(str(scratch))}")
-        for table in ("exposures", "feedback", "impressions"):
-            define_view(self.db, events, table)
+        self.events, self.db = events, events.db
         self.counts = self._build_units()
-
-    def close(self) -> None:
-        self.db.close()
 
     # -- units -----------------------------------------------------------------------------------------------------
 
@@ -94,20 +68,22 @@ class UnitTables:
         window = f"timestamp < make_timestamptz({self._until})"
         if self.since:
             window += f" AND timestamp >= make_timestamptz({micros(self.since)})"
-        db.execute(f"""
-            CREATE TEMP TABLE seen AS
+        self.events.keep(
+            "seen",
+            f"""
             SELECT {key} AS key,
-                   bit_or((CASE WHEN coalesce(forced, false) THEN 0 ELSE CASE arm {index} ELSE 0 END END)::UBIGINT)
+                   bit_or(CAST(CASE WHEN coalesce(forced, false) THEN 0 ELSE CASE arm {index} ELSE 0 END END AS BIGINT))
                        AS arms,
                    bool_or(coalesce(forced, false)) AS forced,
                    bool_or(coalesce(counterfactual, false)) AS counterfactual,
                    epoch_us(min(timestamp)) AS first,
                    min(config_version) AS version,
-                   count(*)::UINTEGER AS n,
-                   count(*) FILTER (arm NOT IN ({", ".join(map(quote, plan.arms))}))::UINTEGER AS n_unknown
+                   CAST(count(*) AS INTEGER) AS n,
+                   CAST(count(*) FILTER (WHERE arm NOT IN ({", ".join(map(quote, plan.arms))})) AS INTEGER) AS n_unknown
             FROM exposures
             WHERE experiment = {quote(plan.experiment)} AND unit_kind = {quote(plan.unit_kind)} AND {window}
-            GROUP BY 1""")
+            GROUP BY 1""",
+        )
         picked = "key IS NOT NULL AND NOT forced AND bit_count(arms) = 1"
         picked += " AND counterfactual" if self.triggered else ""
         totals = db.execute(f"""
@@ -119,10 +95,11 @@ class UnitTables:
             FROM seen""").fetchone()
         assert totals is not None
         arm = " ".join(f"WHEN {1 << i} THEN {i}" for i in range(len(plan.arms)))
-        db.execute(f"""
-            CREATE TEMP TABLE units AS
-            SELECT key, (CASE arms {arm} END)::UTINYINT AS arm, first, version FROM seen WHERE {picked}""")
-        db.execute("DROP TABLE seen")
+        self.events.keep(
+            "units",
+            f"SELECT key, CAST(CASE arms {arm} END AS TINYINT) AS arm, first, version FROM seen WHERE {picked}",
+        )
+        self.events.drop("seen")
         rows = db.execute("SELECT arm, count(*) FROM units GROUP BY 1").fetchall()
         found = {plan.arms[i]: n for i, n in rows}
         versions = dict(db.execute("SELECT version, count(*) FROM units GROUP BY 1").fetchall())
@@ -210,17 +187,19 @@ class UnitTables:
     def _aggregate(self, source: str, columns: Sequence[UnitColumn]) -> str:
         conditions = [self._condition(column) for column in columns]
         values = ", ".join(
-            f"{_aggregate_sql(column.column)} FILTER ({condition}) AS {column.name}"
+            f"{_aggregate_sql(column.column)} FILTER (WHERE {condition}) AS {column.name}"
             for column, condition in zip(columns, conditions, strict=True)
         )
         name = f"daily_{source}"
-        self.db.execute(f"""
-            CREATE TEMP TABLE {name} AS
+        self.events.keep(
+            name,
+            f"""
             SELECT u.key, u.arm, u.first,
-                   (CASE WHEN ts < u.first THEN -1 ELSE ts // {DAY_US} - {self.day0} END)::INTEGER AS day, {values}
-            FROM ({self._events(source)}) e JOIN units u USING (key)
+                   CAST(CASE WHEN ts < u.first THEN -1 ELSE day_of(ts) - {self.day0} END AS INTEGER) AS day, {values}
+            FROM ({self._events(source)}) e JOIN units u ON e.key = u.key
             WHERE {" OR ".join(f"({condition})" for condition in conditions)}
-            GROUP BY 1, 2, 3, 4""")
+            GROUP BY 1, 2, 3, 4""",
+        )
         return f"SELECT * FROM {name}"
 
     def _condition(self, wanted: UnitColumn) -> str:
@@ -250,36 +229,38 @@ class UnitTables:
         types = ", ".join(quote(event) for event, _ in ranking.gains)
         late = "" if metric.window is None else f"AND ts < u.first + {_span(metric.window)}"
         measures = {
-            "ndcg": f"""CASE WHEN sum(gain / log2(ideal + 1)) FILTER (ideal <= {k}) > 0
-                        THEN coalesce(sum(gain / log2(rank + 1)) FILTER (rank <= {k}), 0)
-                             / sum(gain / log2(ideal + 1)) FILTER (ideal <= {k}) ELSE 0 END""",
-            "mrr": f"coalesce(1.0 / min(rank) FILTER (gain > 0 AND rank <= {k}), 0)",
-            "precision": f"count(*) FILTER (gain > 0 AND rank <= {k}) / {k}",
-            "recall": f"""coalesce(count(*) FILTER (gain > 0 AND rank <= {k})
-                                   / nullif(count(*) FILTER (gain > 0), 0), 0)""",
-            "hit_rate": f"(count(*) FILTER (gain > 0 AND rank <= {k}) > 0)::INTEGER",
+            "ndcg": f"""CASE WHEN sum(gain / log2(ideal + 1)) FILTER (WHERE ideal <= {k}) > 0
+                        THEN coalesce(sum(gain / log2(rank + 1)) FILTER (WHERE rank <= {k}), 0)
+                             / sum(gain / log2(ideal + 1)) FILTER (WHERE ideal <= {k}) ELSE 0 END""",
+            "mrr": f"coalesce(1 / CAST(min(rank) FILTER (WHERE gain > 0 AND rank <= {k}) AS DOUBLE), 0)",
+            "precision": f"count(*) FILTER (WHERE gain > 0 AND rank <= {k}) / {k}",
+            "recall": f"""coalesce(count(*) FILTER (WHERE gain > 0 AND rank <= {k})
+                                   / nullif(count(*) FILTER (WHERE gain > 0), 0), 0)""",
+            "hit_rate": f"CAST(count(*) FILTER (WHERE gain > 0 AND rank <= {k}) > 0 AS INTEGER)",
         }
         name = f"daily_{total}"
-        self.db.execute(f"""
-            CREATE TEMP TABLE {name} AS
+        self.events.keep(
+            name,
+            f"""
             WITH shown AS (
                 SELECT u.key, u.arm, u.first, request_id, item_id, min(position) AS position, min(ts) AS ts
-                FROM ({self._events(IMPRESSION)}) e JOIN units u USING (key)
+                FROM ({self._events(IMPRESSION)}) e JOIN units u ON e.key = u.key
                 WHERE ts >= u.first {late} GROUP BY ALL),
             judged AS (
                 SELECT request_id, item_id, max(CASE type {gain} END) AS gain FROM feedback
                 WHERE type IN ({types}) AND timestamp < make_timestamptz({self._until}) GROUP BY ALL),
             ranked AS (
-                SELECT s.*, coalesce(gain, 0) AS gain,
+                SELECT s.*, CAST(coalesce(gain, 0) AS DOUBLE) AS gain,
                        row_number() OVER (PARTITION BY key, request_id ORDER BY position, item_id) AS rank,
                        row_number() OVER (PARTITION BY key, request_id ORDER BY coalesce(gain, 0) DESC) AS ideal
                 FROM shown s LEFT JOIN judged USING (request_id, item_id)),
             requests AS (
                 SELECT key, arm, first, request_id, min(ts) AS ts, {measures[ranking.measure]} AS measure
                 FROM ranked GROUP BY 1, 2, 3, 4)
-            SELECT key, arm, first, (ts // {DAY_US} - {self.day0})::INTEGER AS day,
+            SELECT key, arm, first, CAST(day_of(ts) - {self.day0} AS INTEGER) AS day,
                    sum(measure) AS {total}, count(*) AS {count}
-            FROM requests GROUP BY 1, 2, 3, 4""")
+            FROM requests GROUP BY 1, 2, 3, 4""",
+        )
         return f"SELECT * FROM {name}"
 
     # -- statistics ------------------------------------------------------------------------------------------------
@@ -367,10 +348,11 @@ class UnitTables:
     def event_values(self, name: str, column: Column) -> None:
         """A table (key, arm, value) of single finite events within the column's window."""
         condition = self._condition(UnitColumn(name="", column=replace(column, aggregate="sum")))
-        self.db.execute(f"""
-            CREATE OR REPLACE TEMP TABLE {name} AS
-            SELECT u.key, u.arm, value FROM ({self._events(column.source)}) e JOIN units u USING (key)
-            WHERE {condition}""")
+        self.events.keep(
+            name,
+            f"""SELECT u.key, u.arm, value FROM ({self._events(column.source)}) e JOIN units u ON e.key = u.key
+                WHERE {condition}""",
+        )
 
     def buckets(self, numerator: str, denominator: str, *, until_first: int | None = None, n: int = 2048) -> pa.Table:
         """Sums over `n` random groups of units: arm, bucket, numerator, denominator (units where it is "1")."""
@@ -385,25 +367,6 @@ class UnitTables:
 
 
 EMPTY_DAILY = "CREATE TEMP VIEW daily AS SELECT key, arm, first, 0 AS day FROM units WHERE false"
-
-
-def define_view(db: duckdb.DuckDBPyConnection, events: Path, table: str) -> None:
-    """A view over one event table; empty, with the table's schema, where there is no file yet."""
-    from plait.eventlog import EXPOSURES, FEEDBACK, IMPRESSIONS, LATER_COLUMNS
-
-    schema = {"exposures": EXPOSURES, "feedback": FEEDBACK, "impressions": IMPRESSIONS}[table]
-    if any((events / table).glob("*.parquet")):
-        pattern = quote(str(events / table / "*.parquet"))
-        source = f"read_parquet({pattern}, union_by_name = true)"
-        present = {row[0] for row in db.execute(f"DESCRIBE SELECT * FROM {source}").fetchall()}
-        lacking = [name for name in schema.names if name not in present and name not in ("features", "created")]
-        if missing := [name for name in lacking if name not in LATER_COLUMNS]:
-            raise DataError(f"{events / table} has no column {missing[0]!r}; it holds {', '.join(sorted(present))}")
-        later = "".join(f", NULL::{'DOUBLE' if name == 'propensity' else 'VARCHAR'} AS {name}" for name in lacking)
-        db.execute(f"CREATE TEMP VIEW {table} AS SELECT *{later} FROM {source}")
-    else:
-        db.register(f"{table}_none", schema.empty_table())
-        db.execute(f"CREATE TEMP VIEW {table} AS SELECT * FROM {table}_none")
 
 
 def _with_zeros(n: int, row: Any, k: int, pairs: Iterable[tuple[int, int]]) -> VectorMoments:
@@ -437,8 +400,3 @@ def _span(span: timedelta) -> int:
 
 def _moment(us: int | None) -> datetime | None:
     return None if us is None else datetime.fromtimestamp(0, tz=UTC) + timedelta(microseconds=us)
-
-
-def quote(text: str) -> str:
-    """The text as a literal of SQL."""
-    return "'" + text.replace("'", "''") + "'"

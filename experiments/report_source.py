@@ -7,8 +7,8 @@ from pathlib import Path
 import duckdb
 
 from experiments.metrics import DEFAULT_METRICS, MetricSet, load_metrics
+from experiments.report_events import define_view, quote
 from experiments.report_plan import Plan, plan_from_log
-from experiments.report_query import define_view, quote
 from plait.errors import SpecError, UnknownNameError
 from plait.settings import Home
 
