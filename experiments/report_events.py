@@ -68,8 +68,6 @@ class SparkEvents:
     def __init__(self, db: duckdb.DuckDBPyConnection, folder: Path, engine: Engine) -> None:
         self.db, self._scratch, self._n = db, engine.scratch, 0
         self._spark: SparkSession = engine.spark
-        # Text is quoted as in DuckDB: a backslash is a backslash.
-        self._spark.conf.set("spark.sql.parser.escapedStringLiterals", "true")
         for function in _SPARK_FUNCTIONS:
             self._spark.sql(f"CREATE OR REPLACE TEMPORARY FUNCTION {function}")
         for table in TABLES:
@@ -79,7 +77,8 @@ class SparkEvents:
     def keep(self, name: str, query: str) -> None:
         self._n += 1
         folder = self._scratch / f"{name}-{self._n}"
-        self._spark.sql(query).write.parquet(str(folder))
+        # A backslash, which can only stand in a text here, escapes in Spark's SQL but not in DuckDB's.
+        self._spark.sql(query.replace("\\", "\\\\")).write.parquet(str(folder))
         parts = sorted(folder.glob("part-*.parquet"))
         self._read(name, parts)
         self.db.execute(
