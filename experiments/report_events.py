@@ -115,14 +115,25 @@ def open_events(
         if threads:
             db.execute(f"SET threads = {threads}")
         db.execute(f"CREATE TEMP MACRO day_of(us) AS us // {DAY_US}")
-        try:
+        with readable(folder):
             if engine == "duckdb":
                 yield DuckDBEvents(db, folder)
             else:
                 with open_engine(engine, threads=threads, scratch=Path(scratch)) as spark:
                     yield SparkEvents(db, folder, spark)
-        except duckdb.OutOfMemoryException as error:
-            raise StoreError(f"the report does not fit in {memory} of memory: {error}") from error
+
+
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """DuckDB's complaints about the event tables under `folder` as one clear line."""
+    try:
+        yield
+    except duckdb.OutOfMemoryException as error:
+        raise StoreError(f"the report needs more memory or disk than it may have: {error}") from error
+    except duckdb.Error as error:
+        if isinstance(error, duckdb.ProgrammingError) and not isinstance(error, duckdb.InvalidInputException):
+            raise  # a query of ours is wrong, not the data
+        raise DataError(f"event tables in {folder} cannot be read: {error}; restore that part or delete it") from error
 
 
 def define_view(db: duckdb.DuckDBPyConnection, folder: Path, table: str) -> None:
@@ -156,10 +167,7 @@ def _view_columns(db: duckdb.DuckDBPyConnection, folder: Path, table: str) -> st
 
     if not any((folder / table).glob("*.parquet")):
         return "*"
-    try:
-        described = db.execute(f"DESCRIBE SELECT * FROM {_parts(folder, table)}").fetchall()
-    except duckdb.Error as error:
-        raise DataError(f"{folder / table} cannot be read: {error}; restore the part, or delete it") from error
+    described = db.execute(f"DESCRIBE SELECT * FROM {_parts(folder, table)}").fetchall()
     present = {row[0] for row in described}
     schema = event_schema(table)
     lacking = [name for name in schema.names if name not in present and name not in ("features", "created")]

@@ -7,7 +7,7 @@ from pathlib import Path
 import duckdb
 
 from experiments.metrics import DEFAULT_METRICS, MetricSet, load_metrics
-from experiments.report_events import define_view, quote
+from experiments.report_events import define_view, quote, readable
 from experiments.report_plan import Plan, plan_from_log
 from plait.errors import SpecError, UnknownNameError
 from plait.settings import Home
@@ -24,7 +24,7 @@ def find_plan(home: Home, experiment: str) -> Plan:
 
     Raises UnknownNameError, with a suggestion, if neither knows it.
     """
-    with duckdb.connect() as db:
+    with readable(home.events), duckdb.connect() as db:
         define_view(db, home.events, "exposures")
         versions = [
             row[0]

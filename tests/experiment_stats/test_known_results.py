@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from click.testing import CliRunner
 from statsmodels.stats.proportion import proportions_ztest
 
 from experiments.metrics import duration, load_metrics, parse_metrics
 from experiments.report import build_report
-from experiments.report_commands import render
+from experiments.report_commands import render, report
 from experiments.report_plan import chosen_metrics
 from experiments.report_source import find_plan
 from experiments.store import ConfigStore
@@ -60,6 +64,30 @@ def test_cookie_cats_ends_as_it_is_known_to_end(log, shared_data):
     assert [value.value for value in rounds.arms] == pytest.approx([means["gate_30"], means["gate_40"]])
     assert capped.comparisons[0].absolute.se < rounds.comparisons[0].absolute.se  # the player of 49,854 rounds
     assert "retention_7" in render(result, "html")
+
+
+def test_the_recipe_of_the_docs_analyses_a_table_with_a_row_per_player(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "statistics.md").read_text()
+    page = page[page.index("## An experiment that another system ran") :]
+    code, declared = (re.search(rf"```{kind}\n(.*?)```", page, re.DOTALL)[1] for kind in ("python", "yaml"))
+    rng = np.random.default_rng(5)
+    frame = pd.DataFrame({"userid": rng.permutation(9000)[:2000], "version": rng.choice(["gate_30", "gate_40"], 2000)})
+    frame["sum_gamerounds"] = rng.poisson(30, 2000)
+    frame["retention_1"], frame["retention_7"] = rng.random(2000) < 0.4, rng.random(2000) < 0.2
+    frame.to_csv(tmp_path / "cookie_cats.csv", index=False)
+    (tmp_path / "feature_store.yaml").write_text("project: test\n")
+    (tmp_path / "gate.yaml").write_text(declared)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "docs/statistics.md", "exec"), {})
+    ran = CliRunner().invoke(report, ["gate", "--metrics", "gate.yaml", "--control", "gate_30", "--format", "json"])
+    assert ran.exit_code == 0, ran.output
+    found = {each["metric"]["name"]: each for each in json.loads(ran.output)["metrics"]}
+    for name in ("retention_1", "retention_7"):
+        shares = frame.groupby("version")[name].mean()
+        assert [arm["value"] for arm in found[name]["arms"]] == pytest.approx(list(shares))
+    cap = frame["sum_gamerounds"].quantile(0.999)
+    means = frame.assign(x=frame["sum_gamerounds"].clip(upper=cap)).groupby("version")["x"].mean()
+    assert [arm["value"] for arm in found["rounds"]["arms"]] == pytest.approx(list(means))
 
 
 def test_hillstroms_three_arms_are_compared_with_one_control(log, shared_data):

@@ -18,7 +18,7 @@ from experiments.stats.cuped import cuped_means
 from experiments.stats.effects import difference
 from experiments.stats.moments import Moments, PairMoments, mean_estimate, ratio_estimate
 from experiments.stats.resampling import quantile_of
-from plait.errors import SpecError, UnknownNameError
+from plait.errors import DataError, SpecError, UnknownNameError
 
 METRICS = [
     {"name": "clicks", "type": "count", "event": "click", "window": "5d", "role": "primary"},
@@ -330,6 +330,26 @@ def test_other_units_are_joined_by_their_requests_and_the_report_says_so(log):
     result = build_report(log.home, "test", metrics=metrics(ONE), until=log.until)
     assert [(value.n, value.value) for value in result.metrics[0].arms] == [(25, 2.0), (25, 2.0)]
     assert any("device id" in warning for warning in result.warnings)
+
+
+@pytest.mark.parametrize("damage", ["cut short", "bytes overwritten", "not parquet"])
+@pytest.mark.parametrize("table", ["exposures", "feedback"])
+def test_a_damaged_part_is_named(log, monkeypatch, table, damage):
+    rng = np.random.default_rng(0)
+    log.exposures(range(5000), rng.choice(["control", "new"], 5000), rng.uniform(0, 50, 5000))
+    log.feedback(rng.integers(0, 5000, 5000), rng.uniform(0, 90, 5000))
+    part = log.home.events / table / "part-1.parquet"
+    whole = part.read_bytes()
+    middle = b"\xff" * (len(whole) - 8000)
+    part.write_bytes(
+        {"cut short": whole[:-100], "bytes overwritten": whole[:4] + middle + whole[4 + len(middle) :],
+         "not parquet": b"hello"}[damage]
+    )  # fmt: skip
+    monkeypatch.chdir(log.home.project)
+    ran = CliRunner().invoke(report, ["test", "--until", "2026-03-20"])
+    assert isinstance(ran.exception, DataError), ran.output
+    assert "cannot be read" in str(ran.exception)
+    assert str(log.home.events) in str(ran.exception)
 
 
 def test_an_unknown_experiment_is_named_with_its_nearest(log):
