@@ -7,6 +7,7 @@ from datetime import timedelta
 from types import SimpleNamespace
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
@@ -71,6 +72,35 @@ def test_new_features_or_new_samples_are_a_new_dataset(project: SimpleNamespace)
     third = build_dataset(project.home, "tiny_users", store=project.store)
     assert len({first.folder, second.folder, third.folder}) == 3
     assert find_datasets(project.home.datasets)[0].folder in {second.folder, third.folder}
+
+
+def test_turning_the_created_cutoff_on_is_a_new_dataset_without_what_became_known_later(
+    project: SimpleNamespace,
+) -> None:
+    if project.offline == "stock":
+        pytest.skip("the setting is of Plait's offline store")
+    source = project.home.features / "user_stats" / "part-0.parquet"
+    table = pq.read_table(source)
+    told_later = pc.add(table["event_timestamp"], pa.scalar(timedelta(days=2)).cast(pa.duration("us")))
+    pq.write_table(table.set_column(table.schema.get_field_index("created"), "created", told_later), source)
+    build_samples(project.home, SampleSpec())
+    blind = build_dataset(project.home, "tiny_users", store=project.store)
+    config = project.home.project / "feature_store.yaml"
+    config.write_text(config.read_text().replace("online_store:", "  created_cutoff: on\nonline_store:"))
+    with pytest.warns(UserWarning, match="created_cutoff: view 'user_stats' had newer values that were not known yet"):
+        strict = build_dataset(project.home, "tiny_users")
+    assert strict.folder != blind.folder
+    users, n_differ = table.to_pylist(), 0
+    for part in ("train", "valid", "test"):
+        seen = zip(*(each.split(part).to_table().to_pylist() for each in (blind, strict)), strict=True)
+        for row, known in seen:
+            moment, user = row["event_timestamp"], {"user_id": row["user_id"]}
+            assert row["mean_7d"] == naive_value(users, user, moment, timedelta(days=5), "mean_7d")
+            # Known two days late: what was known at t is what had happened by two days before.
+            earlier = naive_value(users, user, moment - timedelta(days=2), timedelta(days=3), "mean_7d")
+            assert known["mean_7d"] == earlier
+            n_differ += row["mean_7d"] != known["mean_7d"]
+    assert n_differ > 10
 
 
 def test_chunks_give_the_same_bytes_as_one_join(project: SimpleNamespace) -> None:

@@ -66,3 +66,10 @@ def test_aggregates_are_found_by_name_with_a_suggestion_for_a_wrong_one(home):
     assert [spec.name for spec in declared_aggregates(home, ["movie_stats"])] == ["movie_stats"]
     with pytest.raises(UnknownNameError, match="did you mean 'user_stats'"):
         declared_aggregates(home, ["user_stat"])
+
+
+def test_values_that_became_known_later_are_hidden_from_training(home):
+    from plait.service import open_store
+    from plait.stores.offline import created_cutoff
+
+    assert created_cutoff(open_store(home).config)

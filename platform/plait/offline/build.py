@@ -124,6 +124,8 @@ def dataset_key(store: FeatureStore, spec: ServiceSpec, samples: SampleManifest)
         "transforms": spec.transform_hashes,
         "derived_keys": {key: list(value) for key, value in spec.derived_keys.items()},
         "offline_store": type(store.config.offline_store).__name__,
+        # Not in the service or its sources, and yet another setting gives other rows.
+        "created_cutoff": bool(getattr(store.config.offline_store, "created_cutoff", False)),
     }
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 

@@ -53,7 +53,7 @@ class DatasetManifest:
     schema: Mapping[str, str]  # column -> Arrow's name of its type
     parts: tuple[Part, ...]
     versions: Mapping[str, str] = field(default_factory=dict)
-    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="microseconds"))
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self), indent=2).encode() + b"\n"
