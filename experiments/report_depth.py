@@ -13,7 +13,7 @@ from scipy import stats
 
 from experiments.metrics import Analysis
 from experiments.report_analysis import Handle, decide_effect, estimate_of, expressions_of
-from experiments.report_events import DAY_US, micros, quote
+from experiments.report_events import DAY_US, micros, quote, slices
 from experiments.report_model import LayerInteraction, SegmentResult, SeriesPoint, Trend
 from experiments.report_query import UnitTables
 from experiments.stats.checks import AACheck, aa_check, adjust, interaction
@@ -173,13 +173,15 @@ def daily_sums(tables: UnitTables, handles: Sequence[Handle]) -> list[DailySums]
             f"{y} * {d} - {p} * {e}",
         ]
         sums += [f"{y} - {p}", f"({y} - {p}) ** 2", f"{d} - {e}", f"({d} - {e}) ** 2", f"({y} - {p}) * ({d} - {e})"]
-    rows = tables.db.execute(f"""
-        WITH unit_days AS (SELECT key, arm, first, day, {plain} FROM daily WHERE day >= 0 GROUP BY 1, 2, 3, 4),
+    query = f"""
+        WITH unit_days AS (
+            SELECT key, arm, first, day, {plain} FROM daily WHERE day >= 0 AND in_slice(key) GROUP BY 1, 2, 3, 4),
         totals AS (SELECT *, {running} FROM unit_days
                    WINDOW w AS (PARTITION BY key ORDER BY day ROWS UNBOUNDED PRECEDING)),
         valued AS (SELECT arm, day, day - (first // {DAY_US} - {tables.day0}) AS since, {", ".join(values)} FROM totals)
         SELECT day, since, arm, {", ".join(f"sum({one})::DOUBLE" for one in sums)}
-        FROM valued GROUP BY GROUPING SETS ((day, arm), (since, arm))""").fetchall()
+        FROM valued GROUP BY GROUPING SETS ((day, arm), (since, arm))"""
+    rows = [row for _ in slices(tables.db, tables.n_unit_days) for row in tables.db.execute(query).fetchall()]
     n_arms = len(tables.plan.arms)
     answer = [DailySums() for _ in handles]
     for day, since, arm, *numbers in rows:
@@ -189,8 +191,8 @@ def daily_sums(tables: UnitTables, handles: Sequence[Handle]) -> list[DailySums]
                 int(key), (np.zeros((n_arms, _COLUMNS)), np.zeros((n_arms, _COLUMNS)))
             )
             start = i * 2 * _COLUMNS
-            running_sums[arm] = numbers[start : start + _COLUMNS]
-            alone[arm] = numbers[start + _COLUMNS : start + 2 * _COLUMNS]
+            running_sums[arm] += numbers[start : start + _COLUMNS]
+            alone[arm] += numbers[start + _COLUMNS : start + 2 * _COLUMNS]
     return answer
 
 

@@ -26,12 +26,14 @@ if TYPE_CHECKING:
 
 DAY_US = 86_400_000_000
 TABLES = ("exposures", "feedback", "impressions")
+SLICE_ROWS = 10_000_000  # what DuckDB joins and groups at a time: some 500 MB
 
 _SPARK_FUNCTIONS = (
     "epoch_us(moment TIMESTAMP) RETURNS BIGINT RETURN unix_micros(moment)",
     "make_timestamptz(us BIGINT) RETURNS TIMESTAMP RETURN timestamp_micros(us)",
     "isfinite(value DOUBLE) RETURNS BOOLEAN RETURN NOT isnan(value) AND abs(value) < double('infinity')",
     f"day_of(us BIGINT) RETURNS BIGINT RETURN us DIV {DAY_US}",
+    "in_slice(key STRING) RETURNS BOOLEAN RETURN true",
 )
 
 
@@ -41,8 +43,11 @@ class Events(Protocol):
     @property
     def db(self) -> duckdb.DuckDBPyConnection: ...
 
-    def keep(self, name: str, query: str) -> None:
-        """Compute `query` over the events and what was kept before; its rows are table `name` of `db`."""
+    def keep(self, name: str, query: str, *, n_rows: int = 0) -> None:
+        """Compute `query` over the events and what was kept before; its rows are table `name` of `db`.
+
+        A query that groups by key and has n_rows to do so names the rows it takes by in_slice(key): see `slices`.
+        """
 
     def drop(self, name: str) -> None: ...
 
@@ -55,8 +60,8 @@ class DuckDBEvents:
         for table in TABLES:
             define_view(db, folder, table)
 
-    def keep(self, name: str, query: str) -> None:
-        self.db.execute(f"CREATE OR REPLACE TEMP TABLE {name} AS {query}")
+    def keep(self, name: str, query: str, *, n_rows: int = 0) -> None:
+        create_by_slices(self.db, name, query, n_rows)
 
     def drop(self, name: str) -> None:
         self.db.execute(f"DROP TABLE {name}")
@@ -74,7 +79,7 @@ class SparkEvents:
             define_view(db, folder, table)
             self._read(table, sorted((folder / table).glob("*.parquet")), columns=_view_columns(db, folder, table))
 
-    def keep(self, name: str, query: str) -> None:
+    def keep(self, name: str, query: str, *, n_rows: int = 0) -> None:
         self._n += 1
         folder = self._scratch / f"{name}-{self._n}"
         # A backslash, which can only stand in a text here, escapes in Spark's SQL but not in DuckDB's.
@@ -121,6 +126,24 @@ def open_events(
             else:
                 with open_engine(engine, threads=threads, scratch=Path(scratch)) as spark:
                     yield SparkEvents(db, folder, spark)
+
+
+def slices(db: duckdb.DuckDBPyConnection, n_rows: int) -> Iterator[int]:
+    """0, 1, …: meanwhile in_slice(key) is true for one part of the keys after another, of some SLICE_ROWS rows each.
+
+    A join and a GROUP BY of all keys at once each want their hash tables in memory; DuckDB spills one, but not both.
+    """
+    n = 1 + n_rows // SLICE_ROWS
+    for i in range(n):
+        test = "true" if n == 1 else f"hash(key) % {n} = {i}"
+        db.execute(f"CREATE OR REPLACE TEMP MACRO in_slice(key) AS {test}")
+        yield i
+
+
+def create_by_slices(db: duckdb.DuckDBPyConnection, name: str, query: str, n_rows: int) -> None:
+    """Table `name` with the rows of `query`, a slice of the keys at a time."""
+    for i in slices(db, n_rows):
+        db.execute(f"INSERT INTO {name} {query}" if i else f"CREATE OR REPLACE TEMP TABLE {name} AS {query}")
 
 
 @contextmanager

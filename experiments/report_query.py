@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from experiments.metrics import IMPRESSION, Column, Metric
-from experiments.report_events import DAY_US, Events, micros, quote
+from experiments.report_events import DAY_US, Events, create_by_slices, micros, quote
 from experiments.report_plan import Plan
 from experiments.stats.moments import VectorMoments
 
@@ -152,7 +152,18 @@ class UnitTables:
         ]
         self.db.execute(f"CREATE TEMP VIEW daily AS {' UNION ALL BY NAME '.join(parts)}" if parts else EMPTY_DAILY)
         sums = "".join(f", coalesce(sum({name}), 0)::DOUBLE AS {name}" for name in names)
-        self.db.execute(f"CREATE TEMP TABLE active AS SELECT key, arm, first{sums} FROM daily GROUP BY ALL")
+        query = f"SELECT key, arm, first{sums} FROM daily WHERE in_slice(key) GROUP BY ALL"
+        create_by_slices(self.db, "active", query, self.n_unit_days)
+
+    @property
+    def n_unit_days(self) -> int:
+        """Rows of `daily`."""
+        return self._count("daily")
+
+    def _count(self, table: str) -> int:
+        row = self.db.execute(f"SELECT count(*) FROM {table}").fetchone()
+        assert row is not None
+        return int(row[0])
 
     def add_covariate(self, name: str, values: pa.Table) -> None:
         """Join a covariate computed elsewhere: `values` holds key and value, one row a unit; missing ones are 0."""
@@ -197,8 +208,9 @@ class UnitTables:
             SELECT u.key, u.arm, u.first,
                    CAST(CASE WHEN ts < u.first THEN -1 ELSE day_of(ts) - {self.day0} END AS INTEGER) AS day, {values}
             FROM ({self._events(source)}) e JOIN units u ON e.key = u.key
-            WHERE {" OR ".join(f"({condition})" for condition in conditions)}
+            WHERE in_slice(e.key) AND in_slice(u.key) AND ({" OR ".join(f"({test})" for test in conditions)})
             GROUP BY 1, 2, 3, 4""",
+            n_rows=max(self.n_units, self._count("feedback" if source == "feedback" else "impressions")),
         )
         return f"SELECT * FROM {name}"
 
@@ -245,7 +257,7 @@ class UnitTables:
             WITH shown AS (
                 SELECT u.key, u.arm, u.first, request_id, item_id, min(position) AS position, min(ts) AS ts
                 FROM ({self._events(IMPRESSION)}) e JOIN units u ON e.key = u.key
-                WHERE ts >= u.first {late} GROUP BY ALL),
+                WHERE in_slice(e.key) AND in_slice(u.key) AND ts >= u.first {late} GROUP BY ALL),
             judged AS (
                 SELECT request_id, item_id, max(CASE type {gain} END) AS gain FROM feedback
                 WHERE type IN ({types}) AND timestamp < make_timestamptz({self._until}) GROUP BY ALL),
@@ -260,6 +272,7 @@ class UnitTables:
             SELECT key, arm, first, CAST(day_of(ts) - {self.day0} AS INTEGER) AS day,
                    sum(measure) AS {total}, count(*) AS {count}
             FROM requests GROUP BY 1, 2, 3, 4""",
+            n_rows=max(self.n_units, self._count("impressions")),
         )
         return f"SELECT * FROM {name}"
 

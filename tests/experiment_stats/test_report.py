@@ -332,6 +332,25 @@ def test_other_units_are_joined_by_their_requests_and_the_report_says_so(log):
     assert any("device id" in warning for warning in result.warnings)
 
 
+def test_a_log_taken_in_slices_of_its_units_gives_the_same_report(log, monkeypatch):
+    random_log(log, 3)
+
+    def numbers():
+        result = build_report(log.home, "test", metrics=metrics(), until=log.until, despite_mismatch=True)
+        return [
+            [(c.deciding.estimate, c.deciding.se, c.deciding.low) for c in r.comparisons]
+            + [(point.n_units, point.cumulative.estimate, point.daily.estimate) for point in r.series]
+            for r in result.metrics
+        ]
+
+    whole = numbers()
+    monkeypatch.setattr("experiments.report_events.SLICE_ROWS", 50)  # 500 events, 700 impressions
+    for ours, theirs in zip(numbers(), whole, strict=True):
+        assert len(ours) == len(theirs)
+        for one, other in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-9)
+
+
 @pytest.mark.parametrize("damage", ["cut short", "bytes overwritten", "not parquet"])
 @pytest.mark.parametrize("table", ["exposures", "feedback"])
 def test_a_damaged_part_is_named(log, monkeypatch, table, damage):
