@@ -12,13 +12,13 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 
 from plait.errors import SettingsError, SpecError, StoreError
-from plait.service import FeatureSpec, ServiceSpec, Side, TransformSpec
+from plait.service import FeatureSpec, ServiceSpec, Side, TransformSpec, reading_stages
 from plait.stores.keys import StoredView
 from plait.stores.online_base import PackedOnlineStore, ViewColumns, ViewRead
+from plait.transforms import output_column
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -57,7 +57,7 @@ class OnlineReader:
         self._views = {
             view.name: StoredView.of(store.config, store.get_feature_view(view.name)) for view in service.views
         }
-        self._stages = _stages(service)
+        self._stages = reading_stages(service)
         self._sides = {view.name: view.side for view in service.views}
 
     def read(
@@ -152,7 +152,7 @@ class OnlineReader:
         outputs = transform.function(pa.table(columns).to_pandas())
         dtypes = {feature.name: feature.dtype for feature in self.service.features if feature.view == transform.name}
         for name, dtype in dtypes.items():
-            features[transform.side][name] = _output(outputs, name, dtype, size, transform.reference)
+            features[transform.side][name] = output_column(outputs, name, dtype, size, transform.reference)
 
     def _table(self, side: Side, columns: Mapping[str, pa.Array], n_rows: int) -> pa.Table:
         specs = self.service.side(side)
@@ -165,26 +165,6 @@ class OnlineReader:
         return ~np.logical_or.reduce(known) if known else np.zeros(n_rows, dtype=bool)
 
 
-def _stages(service: ServiceSpec) -> list[list[str]]:
-    """The service's views in rounds: each round's join keys are known from the request or from rounds before."""
-    known = {*service.request_keys, *service.candidate_keys}
-    waiting = {view.name: view for view in service.views}
-    stages = []
-    while waiting:
-        ready = [name for name, view in waiting.items() if known.issuperset(view.join_keys)]
-        if not ready:
-            lacking = {key for view in waiting.values() for key in view.join_keys} - known
-            raise SpecError(
-                f"{service.name}: nothing provides join key {', '.join(sorted(lacking))} of "
-                f"{', '.join(sorted(waiting))}; derive it from a feature by the service's tag plait.derived_keys"
-            )
-        for name in ready:
-            del waiting[name]
-        known.update(key for key, (view, _) in service.derived_keys.items() if view in ready)
-        stages.append(ready)
-    return stages
-
-
 def _typed(column: pa.Array, spec: FeatureSpec) -> pa.Array:
     if column.type == spec.dtype:
         return column
@@ -192,15 +172,3 @@ def _typed(column: pa.Array, spec: FeatureSpec) -> pa.Array:
         return column.cast(spec.dtype)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise StoreError(f"feature {spec.name!r} is read as {column.type}, the service says {spec.dtype}") from error
-
-
-def _output(outputs: pd.DataFrame, name: str, dtype: pa.DataType, size: int, reference: str) -> pa.Array:
-    if name not in outputs.columns or len(outputs) != size:
-        raise SpecError(
-            f"transform {reference} returned {len(outputs)} rows of {list(outputs.columns)}; "
-            f"expected {size} rows with {name!r}"
-        )
-    try:
-        return pa.array(outputs[name], type=dtype, from_pandas=True)
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise SpecError(f"transform {reference}: output {name!r} is not {dtype}: {error}") from error

@@ -174,6 +174,29 @@ def resolve_service(store: FeatureStore, name: str) -> ServiceSpec:
     )
 
 
+def reading_stages(service: ServiceSpec) -> list[list[str]]:
+    """The service's views in rounds: each round's join keys are known from the request or from rounds before.
+
+    Raises SpecError if nothing provides a join key.
+    """
+    known = {*service.request_keys, *service.candidate_keys}
+    waiting = {view.name: view for view in service.views}
+    stages = []
+    while waiting:
+        ready = [name for name, view in waiting.items() if known.issuperset(view.join_keys)]
+        if not ready:
+            lacking = {key for view in waiting.values() for key in view.join_keys} - known
+            raise SpecError(
+                f"{service.name}: nothing provides join key {', '.join(sorted(lacking))} of "
+                f"{', '.join(sorted(waiting))}; derive it from a feature by the service's tag plait.derived_keys"
+            )
+        for name in ready:
+            del waiting[name]
+        known.update(key for key, (view, _) in service.derived_keys.items() if view in ready)
+        stages.append(ready)
+    return stages
+
+
 def _derived_keys(service: FeatureService, stored: Mapping[str, FeatureView]) -> dict[str, tuple[str, str]]:
     derived = {}
     for part in filter(None, (service.tags or {}).get(DERIVED_KEYS_TAG, "").split(",")):

@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pyarrow as pa
+
 from plait.errors import SpecError
 
 if TYPE_CHECKING:
@@ -117,3 +119,16 @@ def module_sha(module: str) -> str:
     if path is None:
         raise SpecError(f"module {module} has no source file to pin; define transforms in a plain .py file")
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def output_column(outputs: pd.DataFrame, name: str, dtype: pa.DataType, size: int, reference: str) -> pa.Array:
+    """Column `name` of what a transform returned for `size` rows, as `dtype`. Raises SpecError if it is not that."""
+    if name not in outputs.columns or len(outputs) != size:
+        raise SpecError(
+            f"transform {reference} returned {len(outputs)} rows of {list(outputs.columns)}; "
+            f"expected {size} rows with {name!r}"
+        )
+    try:
+        return pa.array(outputs[name], type=dtype, from_pandas=True)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise SpecError(f"transform {reference}: output {name!r} is not {dtype}: {error}") from error

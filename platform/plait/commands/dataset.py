@@ -18,9 +18,24 @@ def dataset() -> None:
 @click.option("--service", help="A feature service by name, instead of a model's.")
 @click.option("--label", help="Another label of the samples than the model's.")
 @click.option("--samples", default="default", show_default=True, help="Which samples/NAME to join.")
-@click.option("--chunk-rows", default=1_000_000, show_default=True, help="Rows of one join: bounds memory.")
+@click.option(
+    "--engine", type=click.Choice(("duckdb", "spark")), help="Join on this engine, not by the project's offline store."
+)
+@click.option("--memory", help="What the engine may take, such as 4GB (DuckDB's limit, Spark's driver).")
+@click.option(
+    "--chunk-rows", default=1_000_000, show_default=True, help="Rows of one query, if the offline store cannot stream."
+)
 @click.option("--card/--no-card", default=True, show_default=True, help="Also write the data card.")
-def build(model: str | None, service: str | None, label: str | None, samples: str, chunk_rows: int, card: bool) -> None:
+def build(
+    model: str | None,
+    service: str | None,
+    label: str | None,
+    samples: str,
+    engine: str | None,
+    memory: str | None,
+    chunk_rows: int,
+    card: bool,
+) -> None:
     """Write datasets/SAMPLES-HASH for MODEL (trainers/configs/MODEL.yaml), or reuse it if it is there."""
     from tqdm import tqdm
 
@@ -29,6 +44,10 @@ def build(model: str | None, service: str | None, label: str | None, samples: st
 
     if bool(model) == bool(service):
         raise SpecError("name one of MODEL and --service, for instance `plait dataset build deepfm`")
+    if memory and not engine:
+        raise SpecError(
+            "--memory is for --engine; the offline store's limit is offline_store.memory_limit in feature_store.yaml"
+        )
     if chunk_rows < 1:
         raise SpecError(f"--chunk-rows is {chunk_rows}; give at least 1")
     home = find_home()
@@ -42,7 +61,14 @@ def build(model: str | None, service: str | None, label: str | None, samples: st
             bar.update(done - bar.n)
 
         built = build_dataset(
-            home, str(service), label=label, samples=samples, chunk_rows=chunk_rows, progress=progress
+            home,
+            str(service),
+            label=label,
+            samples=samples,
+            engine=engine,
+            memory=memory,
+            chunk_rows=chunk_rows,
+            progress=progress,
         )
         built_now = bar.n > 0
     click.echo(f"{'built' if built_now else 'reused'} {built.folder} ({built.manifest.data_hash[:12]})")

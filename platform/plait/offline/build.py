@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,13 +75,17 @@ def build_dataset(
     label: str | None = None,
     samples: str = "default",
     store: FeatureStore | None = None,
+    engine: str | None = None,
+    memory: str | None = None,
     chunk_rows: int = CHUNK_ROWS,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Dataset:
     """The dataset of `service` over samples/<samples>: built, or opened if it is already there.
 
-    store: by default the project's. chunk_rows: rows of one join in stores that cannot stream, which bounds memory.
-    progress: called with (rows done, rows in all). Raises DataError, SpecError, UnknownNameError, StoreError.
+    store: by default the project's. engine: "duckdb" or "spark" join by Plait's own expression, with equal rows; None
+    asks the project's offline store. memory: what the engine may take ("4GB"). chunk_rows: rows of one join in stores
+    that cannot stream, which bounds memory. progress: called with (rows done, rows in all).
+    Raises DataError, SpecError, UnknownNameError, StoreError, SettingsError.
     """
     from plait.service import open_store, resolve_service
 
@@ -92,7 +98,7 @@ def build_dataset(
     store = store or open_store(home)
     spec = resolve_service(store, service)
     _refuse_clashes(spec, manifest)
-    key = dataset_key(store, spec, manifest)
+    key = dataset_key(store, spec, manifest, engine=engine)
     target = home.datasets / f"{samples}-{key[:16]}"
     if (target / MANIFEST).exists():
         try:
@@ -100,14 +106,26 @@ def build_dataset(
         except DataError:
             pass  # damaged: built again, and swapped in whole
     with atomic_folder(target) as aside:
-        _write(store, spec, manifest, folder, aside, key=key, label=label, chunk_rows=chunk_rows, progress=progress)
+        work = aside / ".work"
+        if engine is None:
+            joined = _from_store(store, spec, manifest, folder, work, chunk_rows)
+        else:
+            joined = _from_engine(engine, memory, store, spec, manifest, folder, work)
+        with closing(joined):
+            _write(joined, spec, manifest, folder, aside, key=key, label=label, progress=progress)
+        shutil.rmtree(work, ignore_errors=True)
     built = Dataset.open(target)
     register_dataset(store, built)
     return built
 
 
-def dataset_key(store: FeatureStore, spec: ServiceSpec, samples: SampleManifest) -> str:
-    """Hash of all that decides a dataset's rows. Two services with the same features have the same key."""
+def dataset_key(store: FeatureStore, spec: ServiceSpec, samples: SampleManifest, *, engine: str | None = None) -> str:
+    """Hash of all that decides a dataset's rows. Two services with the same features have the same key.
+
+    Plait's offline store and its engines give equal rows, so which of them joins is no part of it.
+    """
+    from plait.stores.offline import created_cutoff
+
     views = {}
     for view in spec.views:
         stored = store.get_feature_view(view.name)
@@ -123,9 +141,9 @@ def dataset_key(store: FeatureStore, spec: ServiceSpec, samples: SampleManifest)
         "views": views,
         "transforms": spec.transform_hashes,
         "derived_keys": {key: list(value) for key, value in spec.derived_keys.items()},
-        "offline_store": type(store.config.offline_store).__name__,
+        "join": "plait" if engine or streams(store) else type(store.config.offline_store).__name__,
         # Not in the service or its sources, and yet another setting gives other rows.
-        "created_cutoff": bool(getattr(store.config.offline_store, "created_cutoff", False)),
+        "created_cutoff": created_cutoff(store.config),
     }
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
@@ -158,7 +176,7 @@ def _refuse_clashes(spec: ServiceSpec, samples: SampleManifest) -> None:
 
 
 def _write(
-    store: FeatureStore,
+    joined: Iterator[tuple[pa.Table, pa.Table]],
     spec: ServiceSpec,
     samples: SampleManifest,
     source: Path,
@@ -166,7 +184,6 @@ def _write(
     *,
     key: str,
     label: str | None,
-    chunk_rows: int,
     progress: Callable[[int, int], None],
 ) -> None:
     first = source / samples.parts[0].path
@@ -178,7 +195,7 @@ def _write(
     writers = {part: PartWriter(aside / part, schema, root=aside) for part in PARTS}
     positives = {name: dict.fromkeys(PARTS, 0) for name in samples.labels}
     done, total = 0, sum(samples.rows.values())
-    for chunk, features in _joined(store, spec, samples, source, aside / ".work", chunk_rows):
+    for chunk, features in joined:
         rows = pa.Table.from_arrays(
             [*(chunk.column(field.name) for field in kept), *(features.column(name) for name in names)], schema=schema
         )
@@ -215,19 +232,39 @@ def _write(
     (aside / MANIFEST).write_bytes(manifest.to_json())
 
 
-def _joined(
+Joined = Generator[tuple[pa.Table, pa.Table], None, None]  # rows of samples beside their features, in order
+
+
+def _from_store(
     store: FeatureStore, spec: ServiceSpec, samples: SampleManifest, source: Path, work: Path, chunk_rows: int
-) -> Iterator[tuple[pa.Table, pa.Table]]:
-    """Rows of samples beside their features: in one streamed query if the store can, else a query a chunk."""
-
-    def batches() -> Iterator[pa.RecordBatch]:
-        return sample_batches(source, samples)
-
+) -> Joined:
+    """By Feast's get_historical_features: in one streamed query if the store can, else a query a chunk."""
     if streams(store):
-        yield from stream_point_in_time(store, spec, batches, work=work)
+        yield from stream_point_in_time(store, spec, lambda: sample_batches(source, samples), work=work)
         return
-    for chunk in chunked(batches(), chunk_rows):
+    for chunk in chunked(sample_batches(source, samples), chunk_rows):
         yield chunk, point_in_time(store, spec, chunk)
+
+
+def _from_engine(
+    engine: str,
+    memory: str | None,
+    store: FeatureStore,
+    spec: ServiceSpec,
+    samples: SampleManifest,
+    source: Path,
+    work: Path,
+) -> Joined:
+    """By Plait's own expression on DuckDB or Spark, which spill into `work`."""
+    from plait.offline.engine import open_engine
+    from plait.offline.engine_retrieval import stream_on_engine
+    from plait.stores.offline import created_cutoff
+
+    files = [source / part.path for part in samples.parts]
+    with open_engine(engine, memory=memory, scratch=work) as running:
+        yield from stream_on_engine(
+            running, store, spec, files, lambda: sample_batches(source, samples), cutoff=created_cutoff(store.config)
+        )
 
 
 def sample_batches(folder: Path, samples: SampleManifest) -> Iterator[pa.RecordBatch]:

@@ -29,11 +29,12 @@ from plait.errors import DataError, SettingsError, StoreError, UnknownNameError
 if TYPE_CHECKING:
     import ibis.expr.types as ir
     from ibis.backends import BaseBackend
-    from pyspark.sql import SparkSession
+    from pyspark.sql import DataFrame, SparkSession
 
 EngineName = Literal["duckdb", "spark"]
 ENGINES: tuple[EngineName, ...] = ("duckdb", "spark")
 DEFAULT_MEMORY = "2GB"
+WRITTEN = ("_written_file", "_written_row")
 
 
 @ibis.udf.scalar.builtin(name="epoch_us", signature=(("timestamp",), "int64"))
@@ -66,11 +67,28 @@ class Engine:
         if self.name == "duckdb":
             table = self.connection.read_parquet(paths, table_name=_name("parquet"), union_by_name=True)
         else:
-            frame = self.spark.read.option("mergeSchema", "true").parquet(*paths)
-            name = _name("parquet")
-            frame.createOrReplaceTempView(name)
-            table = self.connection.table(name)
+            table = self.spark_table(self.spark.read.option("mergeSchema", "true").parquet(*paths))
         return table.select(*columns) if columns is not None else table
+
+    def read_written(self, files: Sequence[str], *, base: str | None = None) -> ir.Table:
+        """The same with the columns of WRITTEN, which rise in the order in which the rows were written.
+
+        files: in order of their names. base: the folder below which `key=value` folders are columns.
+        """
+        if self.name == "duckdb":
+            name = _name("written")
+            listed = ", ".join("'" + file.replace("'", "''") + "'" for file in files)
+            self.connection.raw_sql(
+                f"CREATE TEMP VIEW {name} AS SELECT *, file_index::BIGINT AS {WRITTEN[0]}, "
+                f"file_row_number::BIGINT AS {WRITTEN[1]} FROM read_parquet([{listed}], union_by_name = true)"
+            )
+            return self.connection.table(name)
+        reader = self.spark.read.option("mergeSchema", "true")
+        frame = (reader.option("basePath", base) if base else reader).parquet(*files)
+        place = ("_metadata.file_path", "_metadata.row_index")
+        return self.spark_table(
+            frame.selectExpr("*", *(f"{column} AS {name}" for column, name in zip(place, WRITTEN, strict=True)))
+        )
 
     def from_arrow(self, table: pa.Table) -> ir.Table:
         """A small in-memory table, visible to this engine (through a scratch file, so dtypes and zones survive)."""
@@ -127,6 +145,12 @@ class Engine:
     def micros(self, moment: ir.TimestampValue) -> ir.IntegerValue:
         """Microseconds since 1970 of a timestamp column; ibis has no operation for it."""
         return (_epoch_us if self.name == "duckdb" else _unix_micros)(moment)
+
+    def spark_table(self, frame: DataFrame) -> ir.Table:
+        """A Spark frame as a table of this engine."""
+        name = _name("frame")
+        frame.createOrReplaceTempView(name)
+        return self.connection.table(name)
 
     @property
     def spark(self) -> SparkSession:

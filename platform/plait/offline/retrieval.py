@@ -43,7 +43,7 @@ def stream_point_in_time(
     """
     try:
         frame = work / "frame"
-        _write_parts(frame, (_entity_frame(spec, pa.Table.from_batches([batch])) for batch in samples()))
+        _write_parts(frame, (entity_frame(spec, pa.Table.from_batches([batch])) for batch in samples()))
         for i, (key, (view, feature)) in enumerate(spec.derived_keys.items()):
             # As of the sample, as everything else: a movie's genre of then, not of now.
             wider = work / f"frame-{i}"
@@ -52,14 +52,14 @@ def stream_point_in_time(
                 _write_parts(wider, (pa.Table.from_batches([batch]).rename_columns(names) for batch in reader))
             shutil.rmtree(frame)
             frame = wider
-        rows = _Rows(samples())
+        rows = Rows(samples())
         with _reader(store, frame, store.get_feature_service(spec.name)) as reader:
             for batch in reader:
                 found = pa.Table.from_batches([batch])
                 beside = rows.take(found.num_rows)
                 if not found.column(ROW).combine_chunks().equals(beside.column(ROW).combine_chunks()):
                     raise StoreError("historical retrieval returned other rows than were asked for, or another order")
-                yield beside, _canonical(spec, found)
+                yield beside, canonical(spec, found)
         if left := rows.count():
             raise StoreError(f"historical retrieval returned {left} rows fewer than were asked for")
     finally:
@@ -68,12 +68,12 @@ def stream_point_in_time(
 
 def chunked(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.Table]:
     """The same rows in tables of `rows` rows, the last one smaller."""
-    left = _Rows(iter(batches))
+    left = Rows(iter(batches))
     while (chunk := left.take(rows)).num_rows:
         yield chunk
 
 
-class _Rows:
+class Rows:
     """Rows of a stream of batches, taken in runs of any length."""
 
     def __init__(self, batches: Iterator[pa.RecordBatch]) -> None:
@@ -126,16 +126,20 @@ def point_in_time(store: FeatureStore, spec: ServiceSpec, samples: pa.Table) -> 
 
     samples: sample_id, event_timestamp, the join keys, and columns for request fields other than request_timestamp.
     """
-    frame = _entity_frame(spec, samples)
+    frame = entity_frame(spec, samples)
     for key, (view, feature) in spec.derived_keys.items():
         # As of the sample, as everything else: a movie's genre of then, not of now.
         found = _retrieve(store, frame, [f"{view}:{feature}"])
         frame = frame.append_column(key, found.column(feature))
     found = _retrieve(store, frame, store.get_feature_service(spec.name))
-    return _canonical(spec, found)
+    return canonical(spec, found)
 
 
-def _entity_frame(spec: ServiceSpec, samples: pa.Table) -> pa.Table:
+def entity_frame(spec: ServiceSpec, samples: pa.Table) -> pa.Table:
+    """sample_id, the join keys, event_timestamp and the request's own fields.
+
+    Raises SpecError if the samples have no such field.
+    """
     keys = [*spec.request_keys, *spec.candidate_keys]
     columns = {name: samples.column(name) for name in (ROW, *keys, TIME)}
     for name, dtype in spec.request_fields.items():
@@ -187,7 +191,7 @@ def _cast(column: pa.ChunkedArray, dtype: pa.DataType, name: str) -> pa.Array | 
         raise StoreError(f"feature {name!r} came as {column.type} and is declared {dtype}: {error}") from error
 
 
-def _canonical(spec: ServiceSpec, found: pa.Table) -> pa.Table:
+def canonical(spec: ServiceSpec, found: pa.Table) -> pa.Table:
     """The service's features alone, in its order and its types."""
     return pa.Table.from_arrays(
         [_cast(found.column(feature.name), feature.dtype, feature.name) for feature in spec.features],

@@ -324,12 +324,17 @@ def _may_tie(db: duckdb.DuckDBPyConnection, plan: ViewPlan, bounds: TimeRange) -
 
 def _warn_withheld(db: duckdb.DuckDBPyConnection, bound: BoundEntities, plan: ViewPlan) -> None:
     row = db.execute(withheld_query(bound.sql, plan, bound.bounds)).fetchone()
-    n_older, n_none = row if row else (0, 0)
-    if n_older or n_none:
-        n_rows = f" of {bound.n_rows:,}" if bound.n_rows is not None else ""
+    if row:
+        warn_of_cutoff(plan.name, older=row[0], none=row[1], of=bound.n_rows)
+
+
+def warn_of_cutoff(view: str, *, older: int, none: int, of: int | None) -> None:
+    """Warn that the cutoff gave an older value to `older` and no value to `none` of `of` entity rows, if it did."""
+    if older or none:
+        n_rows = f" of {of:,}" if of is not None else ""
         warnings.warn(
-            f"created_cutoff: view {plan.name!r} had newer values that were not known yet for {n_older + n_none:,}"
-            f"{n_rows} entity rows; {n_older:,} got an older value, {n_none:,} none. If its created timestamps "
+            f"created_cutoff: view {view!r} had newer values that were not known yet for {older + none:,}"
+            f"{n_rows} entity rows; {older:,} got an older value, {none:,} none. If its created timestamps "
             "are only the time of a bulk load, set offline_store.created_cutoff: off in feature_store.yaml",
             CreatedCutoffWarning,
             stacklevel=2,
