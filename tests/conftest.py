@@ -1,7 +1,10 @@
 """What tests of several folders share."""
 
+import os
 import shutil
 import socket
+import sys
+import warnings
 from pathlib import Path
 
 # Before any test imports Feast, which turns on Prometheus' multiprocess mode for the whole process: counters of one
@@ -57,3 +60,29 @@ def shared_data():
     if not folder.is_dir():
         pytest.skip(f"no real data sets in {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def spark():
+    """One Spark for the whole run: engines that tests open join it, each with a session of its own."""
+    if shutil.which("java") is None and "JAVA_HOME" not in os.environ:
+        pytest.skip("Spark needs Java 17, and there is no java here")
+    os.environ["PYSPARK_PYTHON"] = os.environ["PYSPARK_DRIVER_PYTHON"] = sys.executable
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from pyspark.sql import SparkSession
+
+        running = SparkSession.getActiveSession()
+        settings = {
+            "spark.driver.memory": "1g",
+            "spark.driver.host": "127.0.0.1",
+            "spark.ui.enabled": "false",
+            "spark.sql.shuffle.partitions": "2",
+            # Compiling a stage takes longer than interpreting it, for as few rows as tests have.
+            "spark.sql.codegen.wholeStage": "false",
+            "spark.sql.codegen.factoryMode": "NO_CODEGEN",
+        }
+        session = SparkSession.builder.master("local[2]").config(map=settings).getOrCreate()
+        yield session
+        if running is None:
+            session.stop()

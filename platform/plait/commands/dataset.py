@@ -41,6 +41,7 @@ def build(
 
     from plait.offline.build import build_dataset, read_model
     from plait.offline.card import write_card
+    from plait.offline.engine import quiet_ibis
 
     if bool(model) == bool(service):
         raise SpecError("name one of MODEL and --service, for instance `plait dataset build deepfm`")
@@ -51,6 +52,7 @@ def build(
     if chunk_rows < 1:
         raise SpecError(f"--chunk-rows is {chunk_rows}; give at least 1")
     home = find_home()
+    quiet_ibis()
     if model:
         data = read_model(home, model)
         service, label = data.feature_service, label or data.label

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,11 +32,12 @@ def build(engine: str, views: tuple[str, ...], full: bool, until: datetime | Non
     """
     from plait.aggregates.build import build_view
     from plait.aggregates.discover import declared_aggregates
+    from plait.offline.engine import quiet_ibis
 
     home = find_home().create()
     end = until.replace(tzinfo=UTC) if until else Clock.of(home).now()
     specs = declared_aggregates(home, views)
-    _silence_ibis()
+    quiet_ibis()
     for spec in specs:
         with tqdm(desc=spec.name, unit="shard", leave=False, disable=None) as bar:
 
@@ -74,11 +74,12 @@ def stream(folder: Path | None, once: bool, views: tuple[str, ...], table: str, 
     from plait.aggregates.follow import follow, follow_spark
     from plait.aggregates.stream import push_through, stream_updater
     from plait.eventlog.rolling import log_folder
+    from plait.offline.engine import quiet_ibis
     from plait.service import open_store
 
     home = find_home()
     specs = registered_aggregates(home, views)
-    _silence_ibis()
+    quiet_ibis()
     folder = folder or log_folder(home)
     total: Counter[str] = Counter()
     with stream_updater(home, specs, push_through(open_store(home))) as updater:
@@ -96,9 +97,3 @@ def stream(folder: Path | None, once: bool, views: tuple[str, ...], table: str, 
         except KeyboardInterrupt:
             click.echo("stopped", err=True)
     click.echo(f"pushed {sum(total.values()):,} rows in all")
-
-
-def _silence_ibis() -> None:
-    """ibis 12 calls DuckDB by names that DuckDB 1.5 deprecates, which is no news to who builds features; feast, once
-    imported, has every such warning printed."""
-    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"ibis\.")

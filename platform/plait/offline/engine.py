@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 import uuid
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -189,6 +190,12 @@ def open_engine(
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def quiet_ibis() -> None:
+    """For commands: ibis 12 calls DuckDB by names that DuckDB 1.5 deprecates, which is no news to who runs a command;
+    feast, once imported, has every such warning printed."""
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"ibis\.")
+
+
 def stack(top: ir.Table, bottom: ir.Table) -> ir.Table:
     """Rows of both, in the columns and types of `top` (Spark narrows a literal's type, so unions must be told)."""
     schema = top.schema()
@@ -232,6 +239,7 @@ def _spark(folder: Path, memory: str, threads: int | None) -> Iterator[Engine]:
             builder.master(os.environ.get("PLAIT_SPARK_MASTER", f"local[{threads or '*'}]"))
             .config("spark.driver.memory", re.sub(r"\s*i?B$", "", memory, flags=re.IGNORECASE).lower())
             .config("spark.ui.enabled", "false")
+            .config("spark.ui.showConsoleProgress", "false")
             .config("spark.driver.host", "127.0.0.1")
             .config("spark.sql.shuffle.partitions", os.environ.get("PLAIT_SPARK_PARTITIONS", "8"))
             .config("spark.local.dir", str(folder))
