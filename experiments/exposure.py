@@ -12,9 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
-
-from experiments.assignment import Assignment
+from typing import Any, NamedTuple
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
@@ -82,6 +80,18 @@ def exposure_record(exposure: Any, at: datetime, request_id: str, config_version
     }
 
 
+def exposure_key(exposure: Any, version: int | None) -> Hashable:
+    """What is logged once. A first counterfactual use is news even where the plain use is known."""
+    return (exposure.unit_kind, exposure.unit, exposure.experiment, exposure.arm, version, exposure.counterfactual)
+
+
+class RecordedExposures(NamedTuple):
+    """What became of an answer's exposures; those in neither count were dropped by a full queue."""
+
+    logged: tuple[Any, ...]
+    n_repeated: int
+
+
 class ExposureRecorder:
     """Turns what an assignment was used for into records of the event log.
 
@@ -101,32 +111,24 @@ class ExposureRecorder:
         self._counts.evicted = self.window.evicted
         return self._counts
 
-    def record(self, assignment: Assignment, request_id: str, at: datetime) -> int:
-        """Log the exposures of `assignment` that are new in the window; how many were logged."""
-        fresh: list[tuple[Hashable, dict[str, Any]]] = []
-        exposures = assignment.exposures()
+    def record(self, exposures: Sequence[Any], version: int | None, request_id: str, at: datetime) -> RecordedExposures:
+        """Log those of an answer's exposures (`Assignment.exposures`) that are new in the window."""
+        fresh: dict[Hashable, Any] = {}
         for exposure in exposures:
-            # a first counterfactual use is news even where the plain use is known: triggered analysis needs it
-            key = (
-                exposure.unit_kind,
-                exposure.unit,
-                exposure.experiment,
-                exposure.arm,
-                assignment.version,
-                exposure.counterfactual,
-            )
+            key = exposure_key(exposure, version)
             if self.window.first(key):
-                fresh.append((key, exposure_record(exposure, at, request_id, assignment.version)))
-        taken = not fresh or self._enqueue([record for _, record in fresh])
+                fresh[key] = exposure
+        records = [exposure_record(exposure, at, request_id, version) for exposure in fresh.values()]
+        taken = not fresh or self._enqueue(records)
         if not taken:
-            for refused, _ in fresh:
+            for refused in fresh:
                 self.window.forget(refused)
+        logged = tuple(fresh.values()) if taken else ()
+        n_repeated = len(exposures) - len(fresh)
         with self._lock:
             self._counts.used += len(exposures)
-            self._counts.repeated += len(exposures) - len(fresh)
+            self._counts.repeated += n_repeated
             self._counts.forced += sum(exposure.forced for exposure in exposures)
-            if taken:
-                self._counts.logged += len(fresh)
-            else:
-                self._counts.dropped += len(fresh)
-        return len(fresh) if taken else 0
+            self._counts.logged += len(logged)
+            self._counts.dropped += len(fresh) - len(logged)
+        return RecordedExposures(logged, n_repeated)

@@ -210,7 +210,7 @@ def _warnings(tables: UnitTables, ratio: SampleRatio) -> list[str]:
         answer.append(
             f"the sample ratio is unusual (p = {ratio.p_value:.4f}), though not below {ratio.threshold:g}: watch it"
         )
-    if tables.plan.unit_kind not in ("user", "request"):
+    if tables.plan.unit_kind not in ("user", "session", "device", "request"):
         answer.append(
             f"events carry no {tables.plan.unit_kind} id: outcomes are joined by the requests that were exposed"
         )

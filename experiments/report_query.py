@@ -190,10 +190,16 @@ class UnitTables:
             return f"SELECT user_id AS key, {base} WHERE user_id IS NOT NULL AND {window}"
         if self.plan.unit_kind == "request":
             return f"SELECT request_id AS key, {base} WHERE request_id IS NOT NULL AND {window}"
-        # Events carry no other id than user and request: theirs is found by the request that was exposed.
-        return f"""SELECT r.key, e.* FROM (SELECT {base} WHERE {window}) e
-                   JOIN (SELECT DISTINCT request_id, unit AS key FROM exposures
-                         WHERE unit_kind = {quote(self.plan.unit_kind)}) r USING (request_id)"""
+        # What carries no id of this kind belongs to the unit whose request it names, as shown or as exposed.
+        own = f"{self.plan.unit_kind}_id" if self.plan.unit_kind in ("session", "device") else "CAST(NULL AS STRING)"
+        return f"""SELECT coalesce(e.own, r.unit) AS key, e.*
+                   FROM (SELECT {own} AS own, {base} WHERE {window}) e
+                   LEFT JOIN (SELECT request_id, min(unit) AS unit FROM (
+                                  SELECT request_id, unit FROM exposures WHERE unit_kind = {quote(self.plan.unit_kind)}
+                                  UNION ALL SELECT request_id, {own} AS unit FROM impressions)
+                              WHERE unit IS NOT NULL GROUP BY request_id) r
+                     ON e.request_id = r.request_id
+                   WHERE coalesce(e.own, r.unit) IS NOT NULL"""
 
     def _aggregate(self, source: str, columns: Sequence[UnitColumn]) -> str:
         conditions = [self._condition(column) for column in columns]

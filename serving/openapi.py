@@ -207,12 +207,15 @@ def _schemas() -> Schema:
     arm = _object(layer=string, experiment=string, arm=string)
     tensor = _object(name=string, shape=shape, datatype=string, data={"type": "array"}, parameters={"type": "object"})
     tensor["required"] = ["name", "shape", "datatype", "data"]
+    unit = {"type": ["string", "null"], "minLength": 1, "maxLength": 200}
     candidate = _object(item_id=int64)
     candidate["additionalProperties"] = True
     candidate["description"] = "Further fields are the caller's own; the server does not read them."
     predict = _object(
         scene=string,
         entities=_closed(user_id=int64),
+        session_id={**unit, "description": "The visit: the unit of experiments by session."},
+        device_id={**unit, "description": "The device: the unit of experiments by device."},
         candidates={"type": "array", "minItems": 1, "items": candidate},
         candidate_ids={"type": "array", "minItems": 1, "items": int64},
         context={"type": ["object", "null"], "description": "Request-time features and targeting attributes."},
@@ -227,8 +230,10 @@ def _schemas() -> Schema:
     event = _object(
         event_id={**string, "minLength": 1, "maxLength": 200},
         type={**string, "pattern": "^[a-z][a-z0-9_]{0,63}$"},
-        request_id={"type": ["string", "null"]},
+        request_id=unit,
         user_id=int64,
+        session_id=unit,
+        device_id=unit,
         item_id={"type": ["integer", "null"], "format": "int64"},
         timestamp={
             "type": ["string", "integer", "null"],

@@ -6,17 +6,18 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from experiments.exposure import ExposureWindow, exposure_record
+from experiments.exposure import ExposureRecorder
 from plait.errors import PlaitError, RegistryError, RequestError
 from serving.metrics import Metrics
 from serving.parts import AssignmentLike, ClockLike, Experiments, Log, Rows, ServingModel
@@ -86,7 +87,7 @@ class Predictor:
     ) -> None:
         self._pool, self._experiments, self._log, self._clock, self._metrics = pool, experiments, log, clock, metrics
         self._reads, self._timer = DeadlinePool(n_reads), timer
-        self._window = ExposureWindow()
+        self._exposures = ExposureRecorder(partial(self._enqueue, "exposure"))
         self._config_version: int | None = None
         self.recent: deque[dict[str, Any]] = deque(maxlen=50)  # of this worker, for the console
         self._stages = {
@@ -117,6 +118,8 @@ class Predictor:
         mark = self._lap(stages, "assign", mark)
 
         rows = self._read(answer, item_ids)
+        if assignment is not None:
+            self._mark_seen(answer, assignment, rows, limit)
         if exclude_seen:
             item_ids, rows = self._drop_seen(answer, item_ids, rows, limit)
         mark = self._lap(stages, "features", mark)
@@ -128,7 +131,7 @@ class Predictor:
         if assignment is not None:
             answer.arms = _used_arms(assignment)
         if log:
-            self._log_answer(answer, assignment)
+            self._log_answer(answer)
         self._lap(stages, "log", mark)
         stages["total"] = self._timer() - started + parse_s
         if log:
@@ -149,7 +152,12 @@ class Predictor:
         try:
             snapshot = self._experiments.snapshot
             answer.config_version = snapshot.version
-            units = {"user": str(answer.query.user_id), "request": answer.request_id}
+            query = answer.query
+            units = {"user": str(query.user_id), "request": answer.request_id}
+            if query.session_id is not None:
+                units["session"] = query.session_id
+            if query.device_id is not None:
+                units["device"] = query.device_id
             attributes = {**answer.query.context, "scene": answer.query.scene.name}
             assignment = snapshot.assign(units, attributes, answer.at)
         except Exception:
@@ -210,17 +218,28 @@ class Predictor:
             answer.degrade("unknown_user")
         return rows
 
+    def _mark_seen(self, answer: Answer, assignment: AssignmentLike, rows: Rows, limit: int | None) -> None:
+        """Mark, in every arm alike, the answers for which excluding what was seen leaves other candidates."""
+        if len({bool(value) for value in assignment.alternatives(EXCLUDE_SEEN).values()}) < 2:
+            return
+        item_ids = np.array(answer.query.item_ids, np.int64)
+        unseen = item_ids[~np.isin(item_ids, self._seen(answer, rows))]
+        if not np.array_equal(unseen[:limit], item_ids[:limit]):
+            assignment.mark_counterfactual(EXCLUDE_SEEN)
+
     def _drop_seen(
         self, answer: Answer, item_ids: np.ndarray, rows: Rows, limit: int | None
     ) -> tuple[np.ndarray, Rows]:
-        name = answer.query.scene.history_feature
-        if name not in rows.request.column_names:
+        if answer.query.scene.history_feature not in rows.request.column_names:
             answer.degrade("history_unavailable")
-            seen: list[int] = []
-        else:
-            seen = rows.request.column(name)[0].as_py() or []
-        keep = np.flatnonzero(~np.isin(item_ids, np.array(seen, np.int64)))[:limit]
+        keep = np.flatnonzero(~np.isin(item_ids, self._seen(answer, rows)))[:limit]
         return item_ids[keep], take(rows, keep)
+
+    def _seen(self, answer: Answer, rows: Rows) -> np.ndarray:
+        """Ids in the user's history; none where the model's features hold no history."""
+        name = answer.query.scene.history_feature
+        seen = rows.request.column(name)[0].as_py() if name in rows.request.column_names else None
+        return np.array(seen or [], np.int64)
 
     def _score(self, answer: Answer, item_ids: np.ndarray, rows: Rows) -> np.ndarray | None:
         """Scores (N,), or None if no model could: then the candidates keep the order they came in."""
@@ -258,25 +277,13 @@ class Predictor:
 
     # -- the log -----------------------------------------------------------------------------------------------------
 
-    def _log_answer(self, answer: Answer, assignment: AssignmentLike | None) -> None:
+    def _log_answer(self, answer: Answer) -> None:
         if len(answer.item_ids) and not self._enqueue("request", [request_record(answer)]):
             answer.degrade("not_logged")
-        fresh: dict[Hashable, Any] = {}
-        for arm in answer.arms:
-            key = (arm.unit_kind, arm.unit, arm.experiment, arm.arm, arm.counterfactual, answer.config_version)
-            if self._window.first(key):
-                fresh[key] = arm
-            else:
-                self._metrics.exposures_deduped.inc()
-        if not fresh:
-            return
-        records = [exposure_record(arm, answer.at, answer.request_id, answer.config_version) for arm in fresh.values()]
-        if self._enqueue("exposure", records):
-            for arm in fresh.values():
-                self._metrics.exposures.labels(arm.experiment, arm.arm).inc()
-        else:
-            for refused in fresh:
-                self._window.forget(refused)
+        recorded = self._exposures.record(answer.arms, answer.config_version, answer.request_id, answer.at)
+        self._metrics.exposures_deduped.inc(recorded.n_repeated)
+        for arm in recorded.logged:
+            self._metrics.exposures.labels(arm.experiment, arm.arm).inc()
 
     def _enqueue(self, kind: str, records: Sequence[Mapping[str, Any]]) -> bool:
         try:
@@ -338,6 +345,8 @@ def request_record(answer: Answer) -> dict[str, Any]:
         "timestamp": microseconds(answer.at),
         "scene": answer.query.scene.name,
         "user_id": answer.query.user_id,
+        "session_id": answer.query.session_id,
+        "device_id": answer.query.device_id,
         "items": answer.item_ids.tolist(),
         "positions": list(range(1, n + 1)),
         "scores": None if answer.scores is None else answer.scores.tolist(),

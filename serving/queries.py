@@ -17,18 +17,40 @@ MAX_EVENTS = 1000
 # A clock that runs a little ahead is forgiven; a feature computed from the future would not be.
 MAX_AHEAD = timedelta(minutes=10)
 _EVENT_TYPE = re.compile(r"[a-z][a-z0-9_]{0,63}\Z")
-_PREDICT_FIELDS = ("scene", "entities", "candidates", "candidate_ids", "context", "top_k", "model")
-_EVENT_FIELDS = ("event_id", "type", "request_id", "user_id", "item_id", "timestamp", "value")
+_PREDICT_FIELDS = (
+    "scene",
+    "entities",
+    "session_id",
+    "device_id",
+    "candidates",
+    "candidate_ids",
+    "context",
+    "top_k",
+    "model",
+)
+_EVENT_FIELDS = (
+    "event_id",
+    "type",
+    "request_id",
+    "user_id",
+    "session_id",
+    "device_id",
+    "item_id",
+    "timestamp",
+    "value",
+)
 MICROSECOND = timedelta(microseconds=1)
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PredictQuery:
-    """One ranking question. item_ids: distinct, in the order they first came."""
+    """One ranking question. item_ids: distinct, in the order they first came. session_id, device_id: where known."""
 
     scene: Scene
     user_id: int
+    session_id: str | None
+    device_id: str | None
     item_ids: tuple[int, ...]
     context: Mapping[str, Any]
     top_k: int
@@ -58,6 +80,8 @@ class PredictQuery:
         return cls(
             scene=scene,
             user_id=user_id,
+            session_id=_optional_text(body, "session_id", ""),
+            device_id=_optional_text(body, "device_id", ""),
             item_ids=distinct,
             context=context,
             top_k=top_k,
@@ -110,7 +134,7 @@ def _event(event: Any, at: str, now: datetime) -> dict[str, Any]:
         raise _wrong(f"{at}/type", f'type must be a lower-case word such as "click", not {_show(kind)}')
     if "user_id" not in event:
         raise _wrong(f"{at}/user_id", "an event must carry user_id, a whole number; it is missing")
-    request_id, item_id, value = event.get("request_id"), event.get("item_id"), event.get("value")
+    item_id, value = event.get("item_id"), event.get("value")
     if value is not None and (
         isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
     ):
@@ -118,8 +142,10 @@ def _event(event: Any, at: str, now: datetime) -> dict[str, Any]:
     return {
         "event_id": event_id,
         "type": kind,
-        "request_id": None if request_id is None else _text(request_id, f"{at}/request_id", "request_id"),
+        "request_id": _optional_text(event, "request_id", at),
         "user_id": _int64(event["user_id"], f"{at}/user_id", "user_id"),
+        "session_id": _optional_text(event, "session_id", at),
+        "device_id": _optional_text(event, "device_id", at),
         "item_id": None if item_id is None else _int64(item_id, f"{at}/item_id", "item_id"),
         "timestamp": _microseconds(event.get("timestamp"), f"{at}/timestamp", now),
         "value": None if value is None else float(value),
@@ -225,6 +251,11 @@ def _text(value: Any, at: str, what: str) -> str:
     if not isinstance(value, str) or not value or len(value) > 200:
         raise _wrong(at, f"{what} must be a string of 1 to 200 characters, not {_show(value)}")
     return value
+
+
+def _optional_text(body: Mapping[str, Any], name: str, at: str) -> str | None:
+    value = body.get(name)
+    return None if value is None else _text(value, f"{at}/{name}", name)
 
 
 def _wrong(at: str, detail: str) -> RequestError:

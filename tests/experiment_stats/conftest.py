@@ -70,7 +70,8 @@ class Log:
         type: str = "click",  # noqa: A002
         value: Any = None,
         items: Sequence[int] | None = None,
-        request_ids: Sequence[str] | None = None,
+        request_ids: Sequence[str | None] | None = None,
+        **ids: Sequence[str | None],
     ) -> Log:
         n = len(users)
         times = self._times(hours, n)
@@ -84,6 +85,7 @@ class Log:
             "timestamp": times,
             "value": np.broadcast_to(np.asarray(value, dtype=float), n) if value is not None else [None] * n,
             "created": times,
+            **ids,
         }
         return self._write("feedback", table, FEEDBACK)
 
@@ -95,6 +97,7 @@ class Log:
         items: Sequence[int] | None = None,
         positions: Sequence[int] | None = None,
         request_ids: Sequence[str] | None = None,
+        **ids: Sequence[str | None],
     ) -> Log:
         n = len(users)
         times = self._times(hours, n)
@@ -107,6 +110,7 @@ class Log:
             "item_id": list(items) if items is not None else [1] * n,
             "position": list(positions) if positions is not None else [1] * n,
             "created": times,
+            **ids,
         }
         return self._write("impressions", table, IMPRESSIONS)
 

@@ -163,6 +163,12 @@ class FakeAssignment:
         self._used.add(parameter)
         return self.values[parameter]
 
+    def alternatives(self, parameter: str) -> dict[str, Any]:
+        return {}
+
+    def mark_counterfactual(self, parameter: str) -> None:
+        raise AssertionError("nothing here has alternatives")
+
     def exposures(self) -> list[FakeArm]:
         return [arm for arm in self.arms if arm.parameter in self._used]
 
@@ -221,8 +227,8 @@ class World:
     registry: FakeRegistry
     reader: FakeReader
     scorers: dict[str, FakeScorer]
-    snapshot: FakeSnapshot
-    log: FakeLog
+    snapshot: Any
+    log: Any
     metrics: Metrics
     pool: ModelPool
     parts: Parts
@@ -251,14 +257,10 @@ def shared_world() -> Iterator[World]:
 
 
 @contextmanager
-def make_world(metrics_folder: Path | None = None) -> Iterator[World]:
-    registry, reader, snapshot, log, metrics = (
-        FakeRegistry(),
-        FakeReader(),
-        FakeSnapshot(),
-        FakeLog(),
-        Metrics(metrics_folder),
-    )
+def make_world(metrics_folder: Path | None = None, *, snapshot: Any = None, log: Any = None) -> Iterator[World]:
+    """snapshot, log: real ones instead of fakes."""
+    registry, reader, metrics = FakeRegistry(), FakeReader(), Metrics(metrics_folder)
+    snapshot, log = snapshot or FakeSnapshot(), log or FakeLog()
     scorers: dict[str, FakeScorer] = {}
 
     def load(version: FakeVersion) -> ServingModel:

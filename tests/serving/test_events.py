@@ -11,7 +11,9 @@ def test_events_are_kept_with_the_server_s_time_when_they_carry_none(world: Any)
     event = {"event_id": "e1", "type": "click", "request_id": "r1", "user_id": 1, "item_id": 2}
     response = world.client.post("/v1/events", json={"events": [event]})
     assert response.status_code == 202 and response.get_json() == {"accepted": 1, "duplicates": 0}
-    assert world.log.records["feedback"] == [{**event, "timestamp": NOW_US, "created": NOW_US, "value": None}]
+    assert world.log.records["feedback"] == [
+        {**event, "session_id": None, "device_id": None, "timestamp": NOW_US, "created": NOW_US, "value": None}
+    ]
 
 
 def test_times_are_read_exactly_in_either_form(world: Any) -> None:
