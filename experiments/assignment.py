@@ -46,9 +46,12 @@ Choice = tuple[Owner, PlannedArm, str, bool]  # owner, arm, unit, forced
 
 
 class Assignment:
-    """Parameter values for one request. `assignment[name]` reads one and records its use; `values` reads unrecorded."""
+    """Parameter values for one request. `assignment[name]` reads one and records its use; `values` reads unrecorded.
 
-    __slots__ = ("_choices", "_counterfactual", "_defaults", "_used", "_values", "errors", "version")
+    missing: kinds of unit that some layer divides by and that were not given: those layers rest at their defaults.
+    """
+
+    __slots__ = ("_choices", "_counterfactual", "_defaults", "_used", "_values", "errors", "missing", "version")
 
     def __init__(
         self,
@@ -57,9 +60,10 @@ class Assignment:
         choices: Sequence[Choice],
         errors: tuple[AssignmentError, ...],
         defaults: Mapping[str, Any],
+        missing: tuple[str, ...] = (),
     ) -> None:
         self.version, self._values, self._choices = version, values, choices
-        self.errors, self._defaults = errors, defaults
+        self.errors, self._defaults, self.missing = errors, defaults, missing
         self._used: set[str] = set()
         self._counterfactual: set[str] = set()
 
@@ -187,7 +191,8 @@ def assign(
     values = dict(plan.defaults)
     for _, chosen, _, _ in choices:
         values.update(chosen.values)
-    return Assignment(version, values, choices, tuple(errors), plan.defaults)
+    missing = tuple(kind for kind in plan.kinds if kind not in units) if len(keys) < len(plan.kinds) else ()
+    return Assignment(version, values, choices, tuple(errors), plan.defaults, missing)
 
 
 def _encode(kinds: Sequence[str], units: Mapping[str, Any]) -> tuple[dict[str, bytes], list[AssignmentError]]:

@@ -65,6 +65,15 @@ class Metrics:
         self.assignments = Counter(
             "plait_assignments_total", "Arms served.", ["layer", "experiment", "arm"], registry=r
         )
+        self.unit_missing = Counter(
+            "plait_unit_missing_total",
+            "Requests without an id that some layer divides by: its defaults served.",
+            ["unit_kind"],
+            registry=r,
+        )
+        self.assignment_errors = Counter(
+            "plait_assignment_errors_total", "Assignments left at defaults, by reason.", ["code"], registry=r
+        )
         self.exposures = Counter("plait_exposures_total", "Exposures logged.", ["experiment", "arm"], registry=r)
         self.exposures_deduped = Counter(
             "plait_exposures_deduped_total", "Exposures not logged again within their window.", registry=r

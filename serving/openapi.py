@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from plait import __version__
-from serving.queries import MAX_EVENTS
+from serving.queries import MAX_EVENTS, MAX_ID_CHARS
 
 Schema = dict[str, Any]
 
@@ -207,7 +207,7 @@ def _schemas() -> Schema:
     arm = _object(layer=string, experiment=string, arm=string)
     tensor = _object(name=string, shape=shape, datatype=string, data={"type": "array"}, parameters={"type": "object"})
     tensor["required"] = ["name", "shape", "datatype", "data"]
-    unit = {"type": ["string", "null"], "minLength": 1, "maxLength": 200}
+    unit = {"type": ["string", "null"], "minLength": 1, "maxLength": MAX_ID_CHARS}
     candidate = _object(item_id=int64)
     candidate["additionalProperties"] = True
     candidate["description"] = "Further fields are the caller's own; the server does not read them."
@@ -228,7 +228,7 @@ def _schemas() -> Schema:
         oneOf=[{"required": ["candidates"]}, {"required": ["candidate_ids"]}],
     )
     event = _object(
-        event_id={**string, "minLength": 1, "maxLength": 200},
+        event_id={**string, "minLength": 1, "maxLength": MAX_ID_CHARS},
         type={**string, "pattern": "^[a-z][a-z0-9_]{0,63}$"},
         request_id=unit,
         user_id=int64,

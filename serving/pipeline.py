@@ -163,8 +163,12 @@ class Predictor:
         except Exception:
             logger.exception("request %s: no assignment, serving defaults", answer.request_id)
             answer.degrade("experiments_unavailable")
+            self._metrics.assignment_errors.labels("unavailable").inc()
             return None
-        if assignment.errors:
+        for kind in assignment.missing:
+            self._metrics.unit_missing.labels(kind).inc()
+        for error in assignment.errors:
+            self._metrics.assignment_errors.labels(error.code).inc()
             answer.degrade("experiment_errors")
         return assignment
 

@@ -14,6 +14,7 @@ from serving.scenes import Scene
 
 INT64_MAX = 2**63 - 1
 MAX_EVENTS = 1000
+MAX_ID_CHARS = 200
 # A clock that runs a little ahead is forgiven; a feature computed from the future would not be.
 MAX_AHEAD = timedelta(minutes=10)
 _EVENT_TYPE = re.compile(r"[a-z][a-z0-9_]{0,63}\Z")
@@ -248,12 +249,14 @@ def _count(value: Any, at: str, what: str) -> int:
 
 
 def _text(value: Any, at: str, what: str) -> str:
-    if not isinstance(value, str) or not value or len(value) > 200:
-        raise _wrong(at, f"{what} must be a string of 1 to 200 characters, not {_show(value)}")
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_ID_CHARS:
+        came = f"one of {len(value)}" if isinstance(value, str) and value else _show(value)
+        raise _wrong(at, f"{what} must be a string of 1 to {MAX_ID_CHARS} characters, not {came}")
     return value
 
 
 def _optional_text(body: Mapping[str, Any], name: str, at: str) -> str | None:
+    """The field's text; None where it is absent or null."""
     value = body.get(name)
     return None if value is None else _text(value, f"{at}/{name}", name)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+import uuid
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -201,11 +202,7 @@ class Simulator:
 
                 def visit(user: int, round_number: int = round_number) -> None:
                     if plan.seconds is None or time.monotonic() - started < plan.seconds:
-                        self._visit(
-                            user,
-                            f"{plan.seed}-{user}-{round_number}",
-                            np.random.default_rng([plan.seed, round_number, user & 0xFFFFFFFF]),
-                        )
+                        self._visit(user, np.random.default_rng([plan.seed, round_number, user & 0xFFFFFFFF]))
                         on_visit()
 
                 # A user's visits follow each other: the next round waits for this one.
@@ -224,12 +221,14 @@ class Simulator:
             yield visitors
             round_number += 1
 
-    def _visit(self, user: int, session_id: str, rng: np.random.Generator) -> None:
+    def _visit(self, user: int, rng: np.random.Generator) -> None:
         plan, outcome = self._plan, self.outcome
+        # A visit is a session, new in every run; a user has one device, the same in all of them.
+        visitor = {"session_id": uuid.uuid4().hex, "device_id": f"device-{user}"}
         body = {
             "scene": plan.scene,
             "entities": {"user_id": user},
-            "session_id": session_id,
+            **visitor,
             "candidate_ids": self._tastes.candidates(user, plan.n_candidates, rng).tolist(),
             "top_k": plan.slate,
         }
@@ -243,14 +242,12 @@ class Simulator:
         if answer is None:
             return
         shown = [row["item_id"] for row in answer["ranking"]]
-        events = self._look(user, session_id, answer["request_id"], shown, rng)
+        events = [event | visitor for event in self._look(user, answer["request_id"], shown, rng)]
         if events and self._post("/v1/events", {"events": events}, expected=202) is None:
             events = []
         self._count(answer, len(shown), events)
 
-    def _look(
-        self, user: int, session_id: str, request_id: str, shown: Sequence[int], rng: np.random.Generator
-    ) -> list[dict[str, Any]]:
+    def _look(self, user: int, request_id: str, shown: Sequence[int], rng: np.random.Generator) -> list[dict[str, Any]]:
         bias = self._tastes.position_bias if self._plan.position_bias is None else self._plan.position_bias
         events = []
         for position, item in enumerate(shown, start=1):
@@ -263,7 +260,6 @@ class Simulator:
                         "type": kind,
                         "request_id": request_id,
                         "user_id": user,
-                        "session_id": session_id,
                         "item_id": item,
                         "value": value,
                     }

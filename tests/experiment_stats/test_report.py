@@ -332,42 +332,6 @@ def test_other_units_are_joined_by_their_requests_and_the_report_says_so(log):
     assert any("shop id" in warning for warning in result.warnings)
 
 
-@pytest.mark.parametrize("kind", ["session", "device"])
-@pytest.mark.parametrize("seed", range(3))
-def test_sessions_and_devices_are_joined_by_their_ids_else_by_the_request_shown(log, kind, seed):
-    """Against a loop: an event belongs to the id it carries, else to that of the impression with its request."""
-    rng = np.random.default_rng(seed)
-    units = [f"{kind} {i}" for i in range(30)]
-    arm = {unit: ("control", "new")[int(rng.random() < 0.5)] for unit in units}
-    first = {unit: float(rng.uniform(0, 100)) for unit in units}
-    log.exposures(
-        units, list(arm.values()), list(first.values()), unit_kind=kind, request_ids=[f"first {u}" for u in units]
-    )
-    shown = [units[i] for i in rng.integers(0, 30, 200)]
-    requests = [f"q{i}" for i in range(200)]
-    shown_at = rng.uniform(0, 150, 200)
-    log.impressions(rng.integers(0, 9, 200), shown_at, request_ids=requests, **{f"{kind}_id": shown})
-    carried = [units[i] if rng.random() < 0.4 else None for i in rng.integers(0, 30, 300)]
-    named = [requests[i] if rng.random() < 0.7 else None for i in rng.integers(0, 200, 300)]
-    hours = rng.uniform(0, 200, 300)
-    log.feedback(rng.integers(0, 9, 300), hours, request_ids=named, **{f"{kind}_id": carried})
-
-    clicks, views = dict.fromkeys(units, 0), dict.fromkeys(units, 0)
-    for own, request, at in zip(carried, named, hours, strict=True):
-        unit = own or (shown[requests.index(request)] if request else None)
-        if unit and at >= first[unit]:
-            clicks[unit] += 1
-    for unit, at in zip(shown, shown_at, strict=True):
-        views[unit] += at >= first[unit]
-    declared = [{**ONE[0], "cuped": False}, {"name": "views", "type": "count", "event": "impression", "cuped": False}]
-    result = build_report(log.home, "test", metrics=metrics(declared), until=log.until, despite_mismatch=True)
-    for metric, counted in zip(result.metrics, (clicks, views), strict=True):
-        for value in metric.arms:
-            expected = [counted[unit] for unit in units if arm[unit] == value.arm]
-            assert (value.n, value.value) == (len(expected), pytest.approx(np.mean(expected)))
-    assert not any("carry no" in warning for warning in result.warnings)
-
-
 def test_a_log_taken_in_slices_of_its_units_gives_the_same_report(log, monkeypatch):
     random_log(log, 3)
 

@@ -158,6 +158,7 @@ class FakeArm:
 class FakeAssignment:
     def __init__(self, values: Mapping[str, Any], arms: Sequence[FakeArm]) -> None:
         self.values, self.arms, self.errors, self._used = values, arms, [], set[str]()
+        self.missing = ()
 
     def __getitem__(self, parameter: str) -> Any:
         self._used.add(parameter)

@@ -34,6 +34,11 @@ BAD_PREDICT = [
     ({"context": [1]}, 422, "context"),
     ({"context": {"temperature": "warm"}}, 422, "'temperature' must be double"),
     ({"model": 3}, 422, "model must be a name"),
+    ({"session_id": ""}, 422, "session_id must be a string of 1 to 200 characters"),
+    ({"session_id": 12}, 422, "not 12"),
+    ({"device_id": "d" * 10_000}, 422, "not one of 10000"),
+    ({"device_id": ["d"]}, 422, "a list of 1"),
+    ({"sesion_id": "s"}, 422, "did you mean 'session_id'"),
     ({"modle": "deepfm"}, 422, "did you mean 'model'"),
 ]
 
@@ -106,6 +111,8 @@ BAD_EVENTS = [
     ({"events": [{**EVENT, "user_id": None}]}, "user_id"),
     ({"events": [{k: v for k, v in EVENT.items() if k != "user_id"}]}, "user_id"),
     ({"events": [{**EVENT, "item_id": "2"}]}, "item_id"),
+    ({"events": [{**EVENT, "session_id": ""}]}, "session_id must be a string"),
+    ({"events": [{**EVENT, "device_id": "d" * 201}]}, "one of 201"),
     ({"events": [{**EVENT, "value": "4"}]}, "value"),
     ({"events": [{**EVENT, "value": True}]}, "value"),
     ({"events": [{**EVENT, "timestamp": "yesterday"}]}, "not a time"),

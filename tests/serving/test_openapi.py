@@ -103,7 +103,16 @@ def test_real_answers_are_as_described(world: Any, method: str, url: str, path: 
 
 @pytest.mark.parametrize(
     "body",
-    [{}, {**PREDICT, "scene": 3}, {**PREDICT, "x": 1}, {**PREDICT, "candidate_ids": []}, {**PREDICT, "candidates": []}],
+    [
+        {},
+        {**PREDICT, "scene": 3},
+        {**PREDICT, "x": 1},
+        {**PREDICT, "candidate_ids": []},
+        {**PREDICT, "candidates": []},
+        {**PREDICT, "session_id": ""},
+        {**PREDICT, "session_id": 3},
+        {**PREDICT, "device_id": "d" * 201},
+    ],
 )
 def test_what_the_schema_refuses_the_server_refuses(world: Any, body: dict[str, Any]) -> None:
     schema = DOCUMENT["paths"]["/v1/predict"]["post"]["requestBody"]["content"]["application/json"]["schema"]

@@ -63,6 +63,18 @@ def test_feedback_names_the_request_it_came_from(world: Any) -> None:
         assert event["user_id"] == user and event["item_id"] in items
 
 
+def test_a_visit_is_a_session_and_a_user_has_one_device(world: Any) -> None:
+    for _ in range(2):
+        run(world, slate=200, n_candidates=200, seed=3)
+    requests = world.log.records["request"]
+    assert len({r["session_id"] for r in requests}) == len(requests) == 6, "also not those of a run before"
+    assert {(r["user_id"], r["device_id"]) for r in requests} == {(u, f"device-{u}") for u in (1, 2, 7)}
+    visit = {r["request_id"]: (r["session_id"], r["device_id"]) for r in requests}
+    assert world.log.records["feedback"]
+    for event in world.log.records["feedback"]:
+        assert (event["session_id"], event["device_id"]) == visit[event["request_id"]]
+
+
 def test_the_same_seed_asks_the_same_questions(world: Any) -> None:
     for _ in range(2):
         run(world, seed=3)

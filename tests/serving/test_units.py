@@ -75,6 +75,8 @@ def test_without_the_id_the_default_serves_and_nothing_is_exposed(kind: str) -> 
             assert "ranker" not in arms(answer) and answer.get_json()["model"]["name"] == "deepfm"
             assert answer.get_json()["degraded"] == []
         assert {e["experiment"] for e in world.log.records["exposure"]} == {"seen"}
+        assert world.metric("plait_unit_missing_total", unit_kind=kind) == 19
+        assert world.metric("plait_unit_missing_total", unit_kind="user") == 0
 
 
 @pytest.mark.parametrize("field", ["session_id", "device_id"])
@@ -121,6 +123,7 @@ def test_a_configuration_that_fails_serves_defaults_and_is_counted() -> None:
         answer = world.predict()
         assert answer.status_code == 200 and answer.get_json()["degraded"] == ["experiments_unavailable"]
         assert world.metric("plait_degraded_total", reason="experiments_unavailable") == 1
+        assert world.metric("plait_assignment_errors_total", code="unavailable") == 1
 
 
 def test_a_sticky_store_that_is_gone_serves_the_hashed_arm_and_is_counted() -> None:
@@ -139,6 +142,7 @@ def test_a_sticky_store_that_is_gone_serves_the_hashed_arm_and_is_counted() -> N
             assert arms(answer)["ranker"] == plain.assign({"user": str(user)}, {}, NOW).values[MODEL]
             assert answer.get_json()["degraded"] == ["experiment_errors"]
         assert world.metric("plait_degraded_total", reason="experiment_errors") == 19
+        assert world.metric("plait_assignment_errors_total", code="sticky_unavailable") == 19
 
 
 def test_a_clock_that_jumps_back_moves_nobody() -> None:
