@@ -24,6 +24,17 @@ from experiments.stats.checks import SampleRatio
 def blocked_by(plan: Plan, counts: UnitCounts, ratio: SampleRatio) -> Conclusion | None:
     """The conclusion where the data cannot be judged at all; None where it can."""
     total = sum(counts.units.values())
+    if total == 0 and counts.n_exposures:
+        return Conclusion(
+            verdict="keep running",
+            arm=None,
+            headline=f"Keep running: no exposed unit of {plan.experiment} can be analysed.",
+            reasons=(
+                f"The log holds {counts.n_exposures:,} exposures, of which {counts.n_counterfactual:,} units are "
+                "marked counterfactual (--triggered takes only those); testers and units of several arms are left out.",
+            ),
+            blocked=True,
+        )
     if total == 0:
         return Conclusion(
             verdict="keep running",

@@ -68,6 +68,8 @@ class UnitTables:
         window = f"timestamp < make_timestamptz({self._until})"
         if self.since:
             window += f" AND timestamp >= make_timestamptz({micros(self.since)})"
+        # What came before the first exposure that could have been another one cannot be an effect.
+        entry = " FILTER (WHERE coalesce(counterfactual, false))" if self.triggered else ""
         self.events.keep(
             "seen",
             f"""
@@ -76,7 +78,7 @@ class UnitTables:
                        AS arms,
                    bool_or(coalesce(forced, false)) AS forced,
                    bool_or(coalesce(counterfactual, false)) AS counterfactual,
-                   epoch_us(min(timestamp)) AS first,
+                   epoch_us(min(timestamp){entry}) AS first,
                    min(config_version) AS version,
                    CAST(count(*) AS INTEGER) AS n,
                    CAST(count(*) FILTER (WHERE arm NOT IN ({", ".join(map(quote, plan.arms))})) AS INTEGER) AS n_unknown

@@ -119,7 +119,7 @@ class Predictor:
 
         rows = self._read(answer, item_ids)
         if assignment is not None:
-            self._mark_seen(answer, assignment, rows, limit)
+            self._mark_counterfactuals(answer, assignment, rows, exclude_seen=exclude_seen, limit=limit)
         if exclude_seen:
             item_ids, rows = self._drop_seen(answer, item_ids, rows, limit)
         mark = self._lap(stages, "features", mark)
@@ -182,7 +182,7 @@ class Predictor:
 
     def _limit(self, assignment: AssignmentLike | None) -> int | None:
         limit = self._parameter(assignment, MAX_CANDIDATES, None)
-        return max(1, int(limit)) if limit is not None else None
+        return _at_least_one(limit) if limit is not None else None
 
     def _choose_model(self, answer: Answer, assignment: AssignmentLike | None) -> ServingModel:
         query = answer.query
@@ -222,14 +222,20 @@ class Predictor:
             answer.degrade("unknown_user")
         return rows
 
-    def _mark_seen(self, answer: Answer, assignment: AssignmentLike, rows: Rows, limit: int | None) -> None:
-        """Mark, in every arm alike, the answers for which excluding what was seen leaves other candidates."""
-        if len({bool(value) for value in assignment.alternatives(EXCLUDE_SEEN).values()}) < 2:
+    def _mark_counterfactuals(
+        self, answer: Answer, assignment: AssignmentLike, rows: Rows, *, exclude_seen: bool, limit: int | None
+    ) -> None:
+        """Mark, in every arm alike, the answers that another arm would have made from other candidates."""
+        excluding = {bool(value) for value in assignment.alternatives(EXCLUDE_SEEN).values()}
+        limits = {_at_least_one(value) for value in assignment.alternatives(MAX_CANDIDATES).values()}
+        if len(excluding) < 2 and len(limits) < 2:  # usual: nothing of this is under experiment
             return
         item_ids = np.array(answer.query.item_ids, np.int64)
         unseen = item_ids[~np.isin(item_ids, self._seen(answer, rows))]
-        if not np.array_equal(unseen[:limit], item_ids[:limit]):
+        if len(excluding) > 1 and not np.array_equal(unseen[:limit], item_ids[:limit]):
             assignment.mark_counterfactual(EXCLUDE_SEEN)
+        if len(limits) > 1 and len(unseen if exclude_seen else item_ids) > min(limits):
+            assignment.mark_counterfactual(MAX_CANDIDATES)
 
     def _drop_seen(
         self, answer: Answer, item_ids: np.ndarray, rows: Rows, limit: int | None
@@ -413,6 +419,10 @@ class DeadlinePool:
 
     def _done(self, _: Future[Rows]) -> None:
         self._free.release()
+
+
+def _at_least_one(limit: Any) -> int:
+    return max(1, int(limit))
 
 
 def _checked(model: ServingModel, user_id: int, item_ids: np.ndarray, rows: Rows) -> np.ndarray:

@@ -190,6 +190,19 @@ def test_candidates_beyond_the_limit_change_nothing_and_are_not_marked() -> None
         assert list(seen_exposures(world).values()) == [[False, True]]
 
 
+def test_a_limit_under_experiment_is_marked_where_it_cuts() -> None:
+    document = configuration().document
+    document["experiments"]["seen"] = experiment("recall.max_candidates", [2, 500], "recall")
+    with make_world(snapshot=Snapshot.of(document, version=5)) as world:
+        for user in range(1, 30):
+            world.predict(entities={"user_id": user}, candidate_ids=[4, 5])  # every arm shows both
+            world.predict(entities={"user_id": user}, candidate_ids=[4, 5, 6])  # one arm would cut, whichever serves
+        found = seen_exposures(world)
+        assert set(found) == {"2", "500"}
+        for marks in found.values():
+            assert marks == [False, True] * (len(marks) // 2)
+
+
 # -- counts ---------------------------------------------------------------------------------------------------------
 
 
