@@ -9,10 +9,12 @@ from typing import Any, NamedTuple, Protocol
 from mmh3 import mmh3_32_uintdigest as murmur3
 
 from experiments.hashing import MAX_UNIT_CHARS, N_BUCKETS, refusal
-from experiments.plan import Owner, Plan, PlannedArm, PlannedLayer
+from experiments.plan import Owner, Plan, PlannedArm, PlannedBandit, PlannedLayer
+from experiments.policy import Draw, Policy
 from plait.errors import UnknownNameError
 
 _NO_ATTRIBUTES: Mapping[str, Any] = MappingProxyType({})
+HASH_UNIT = 2.0**-32
 
 
 class StickyArms(Protocol):
@@ -31,7 +33,10 @@ class AssignmentError(NamedTuple):
 
 
 class ArmRef(NamedTuple):
-    """A unit's arm in one experiment. forced: a tester's, left out of analysis. counterfactual: arms differ here."""
+    """A unit's arm in one experiment. forced: a tester's, left out of analysis. counterfactual: arms differ here.
+
+    Of a bandit's arm: the propensity it was drawn with, the context (JSON) that decided it, and what chose (see Draw).
+    """
 
     layer: str
     experiment: str
@@ -40,6 +45,9 @@ class ArmRef(NamedTuple):
     unit_kind: str
     unit: str
     counterfactual: bool = False
+    propensity: float | None = None
+    context: str | None = None
+    chosen_by: str = "hash"
 
 
 Choice = tuple[Owner, PlannedArm, str, bool]  # owner, arm, unit, forced
@@ -51,7 +59,17 @@ class Assignment:
     missing: kinds of unit that some layer divides by and that were not given: those layers rest at their defaults.
     """
 
-    __slots__ = ("_choices", "_counterfactual", "_defaults", "_used", "_values", "errors", "missing", "version")
+    __slots__ = (
+        "_choices",
+        "_counterfactual",
+        "_defaults",
+        "_draws",
+        "_used",
+        "_values",
+        "errors",
+        "missing",
+        "version",
+    )
 
     def __init__(
         self,
@@ -61,8 +79,9 @@ class Assignment:
         errors: tuple[AssignmentError, ...],
         defaults: Mapping[str, Any],
         missing: tuple[str, ...] = (),
+        draws: Mapping[Owner, Draw] = _NO_ATTRIBUTES,  # type: ignore[assignment]
     ) -> None:
-        self.version, self._values, self._choices = version, values, choices
+        self.version, self._values, self._choices, self._draws = version, values, choices, draws
         self.errors, self._defaults, self.missing = errors, defaults, missing
         self._used: set[str] = set()
         self._counterfactual: set[str] = set()
@@ -91,7 +110,7 @@ class Assignment:
     @property
     def arms(self) -> tuple[ArmRef, ...]:
         """Every experiment and holdout the units are in, used or not."""
-        return tuple(_ref(choice) for choice in self._choices)
+        return tuple(_ref(choice, self._draws) for choice in self._choices)
 
     def alternatives(self, parameter: str) -> dict[str, Any]:
         """What `parameter` is in each arm of the experiment that decides it here, by arm name; empty if none does.
@@ -115,7 +134,9 @@ class Assignment:
         """The arms whose parameters were read: what this answer was made with."""
         used = self._touched(self._used | self._counterfactual)
         marked = self._touched(self._counterfactual) if self._counterfactual else set()
-        return tuple(_ref(choice, counterfactual=i in marked) for i, choice in enumerate(self._choices) if i in used)
+        return tuple(
+            _ref(choice, self._draws, counterfactual=i in marked) for i, choice in enumerate(self._choices) if i in used
+        )
 
     def _touched(self, parameters: set[str]) -> set[int]:
         """Positions of the choices that had a say in `parameters`: down to the one whose value is served."""
@@ -138,9 +159,13 @@ class Assignment:
         return iter(self._values)
 
 
-def _ref(choice: Choice, *, counterfactual: bool = False) -> ArmRef:
+def _ref(choice: Choice, draws: Mapping[Owner, Draw], *, counterfactual: bool = False) -> ArmRef:
     owner, arm, unit, forced = choice
-    return ArmRef(owner.layer, owner.name, arm.name, forced, owner.unit_kind, unit, counterfactual)
+    ref = ArmRef(owner.layer, owner.name, arm.name, forced, owner.unit_kind, unit, counterfactual)
+    if owner.bandit is None or forced:
+        return ref
+    draw = draws[owner]
+    return ref._replace(propensity=draw.propensity, context=draw.context, chosen_by=draw.chosen_by)
 
 
 def assign(
@@ -151,14 +176,19 @@ def assign(
     *,
     force: Mapping[str, str] = _NO_ATTRIBUTES,
     sticky: StickyArms | None = None,
+    policies: Mapping[str, Policy] = _NO_ATTRIBUTES,
 ) -> Assignment:
-    """Decide every layer of `plan` for these units. Bad units are left at defaults and named in `errors`."""
+    """Decide every layer of `plan` for these units. Bad units are left at defaults and named in `errors`.
+
+    policies: of bandits, by experiment; one that is not there serves its weights.
+    """
     keys, errors = _encode(plan.kinds, units)
     forced = _forced(plan, units, force, errors) if plan.testers or force else {}
     held, choices_above = _held_layers(plan, keys, units) if plan.holdouts else ((), ())
     choices: list[Choice] = []
     deferred: list[tuple[Owner, bytes]] = []
     domains: set[str] = set()
+    draws: dict[Owner, Draw] = {}
     for layer in plan.layers:
         if forced and layer.name in forced:
             choices.append(forced[layer.name])
@@ -180,19 +210,19 @@ def assign(
         elif owner.is_holdout:
             choices.append((owner, owner.arms[0], units[owner.unit_kind], False))
         else:
-            decided = _decide(owner, key, keys, units, attributes, sticky, errors)
+            decided = _decide(owner, key, keys, units, attributes, sticky, policies, draws, errors)
             if decided is not None:
                 choices.append((owner, decided, units[owner.unit_kind], False))
         if layer.open_holdouts:
             choices.extend(_open_holdouts(layer, owner, units))
     if deferred:
-        _decide_deferred(deferred, choices, keys, units, attributes, sticky, errors)
+        _decide_deferred(deferred, choices, keys, units, attributes, sticky, policies, draws, errors)
     choices.extend(choices_above)
     values = dict(plan.defaults)
     for _, chosen, _, _ in choices:
         values.update(chosen.values)
     missing = tuple(kind for kind in plan.kinds if kind not in units) if len(keys) < len(plan.kinds) else ()
-    return Assignment(version, values, choices, tuple(errors), plan.defaults, missing)
+    return Assignment(version, values, choices, tuple(errors), plan.defaults, missing, draws)
 
 
 def _encode(kinds: Sequence[str], units: Mapping[str, Any]) -> tuple[dict[str, bytes], list[AssignmentError]]:
@@ -221,6 +251,8 @@ def _decide(
     units: Mapping[str, str],
     attributes: Mapping[str, Any],
     sticky: StickyArms | None,
+    policies: Mapping[str, Policy],
+    draws: dict[Owner, Draw],
     errors: list[AssignmentError],
 ) -> PlannedArm | None:
     """The arm of a unit whose bucket is the owner's, or None: a unit that fails a test is offered to nobody else."""
@@ -231,11 +263,35 @@ def _decide(
         group_key = keys.get(kind)
         if group_key is None or not marks[murmur3(prefix + group_key) % N_BUCKETS]:
             return None
+    if owner.bandit is not None:
+        draw = draws[owner] = _draw(owner, owner.bandit, key, keys, attributes, policies, errors)
+        return owner.arms[draw.arm]
     if owner.sticky and sticky is not None:
         return _stuck(owner, key, units[owner.unit_kind], sticky, errors)
     if not owner.enrolling:
         return None
     return owner.arms[owner.arm_table[murmur3(owner.arm_prefix + key) % N_BUCKETS]]
+
+
+def _draw(
+    owner: Owner,
+    bandit: PlannedBandit,
+    key: bytes,
+    keys: Mapping[str, bytes],
+    attributes: Mapping[str, Any],
+    policies: Mapping[str, Policy],
+    errors: list[AssignmentError],
+) -> Draw:
+    """What the bandit's policy draws; by the unit where no request id was given, by the weights where it fails."""
+    u = murmur3(owner.arm_prefix + keys.get(bandit.drawn_by, key)) * HASH_UNIT
+    policy = policies.get(owner.name)
+    if policy is None:
+        return bandit.initial.choose(u, attributes)
+    try:
+        return policy.choose(u, attributes)
+    except Exception as error:  # whatever is wrong with a policy, the request goes on
+        errors.append(AssignmentError("bandit_failed", f"{owner.name}: {error!r}"))
+        return bandit.initial.choose(u, attributes)
 
 
 def _stuck(owner: Owner, key: bytes, unit: str, sticky: StickyArms, errors: list[AssignmentError]) -> PlannedArm | None:
@@ -261,13 +317,15 @@ def _decide_deferred(
     units: Mapping[str, str],
     attributes: Mapping[str, Any],
     sticky: StickyArms | None,
+    policies: Mapping[str, Policy],
+    draws: dict[Owner, Draw],
     errors: list[AssignmentError],
 ) -> None:
     """Experiments with prerequisites, each after those it requires; then all choices back into the order of ranks."""
     arm_in = {owner.name: arm.name for owner, arm, _, _ in choices}
     for owner, key in sorted(deferred, key=lambda pair: pair[0].order):
         if all(name in arm_in and (not arms or arm_in[name] in arms) for name, arms in owner.requires):
-            arm = _decide(owner, key, keys, units, attributes, sticky, errors)
+            arm = _decide(owner, key, keys, units, attributes, sticky, policies, draws, errors)
             if arm is not None:
                 choices.append((owner, arm, units[owner.unit_kind], False))
                 arm_in[owner.name] = arm.name

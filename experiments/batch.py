@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from experiments.assignment import AssignmentError, StickyArms
+from experiments.assignment import HASH_UNIT, AssignmentError, StickyArms
 from experiments.hashing import UnitColumn
-from experiments.plan import GlobalHoldout, Owner, Plan, PlannedLayer, Table
+from experiments.plan import GlobalHoldout, Owner, Plan, PlannedBandit, PlannedLayer, Table
+from experiments.policy import Policy
 from plait.errors import DataError, UnknownNameError
 
 # Shapes: N rows
@@ -29,9 +30,10 @@ class BatchAssignment:
         decisions: Sequence[tuple[Owner, Ints, Ints, Bools]],
         defaults: Mapping[str, Any],
         errors: Mapping[int, tuple[AssignmentError, ...]],
+        propensities: Mapping[str, npt.NDArray[np.float64]],
     ) -> None:
         self.version, self.n_rows, self.errors = version, n_rows, errors
-        self._decisions, self._defaults = decisions, defaults
+        self._decisions, self._defaults, self._propensities = decisions, defaults, propensities
 
     def values(self, parameter: str) -> npt.NDArray[np.object_]:
         """The parameter's value in every row, shape (N,). UnknownNameError if there is no such parameter."""
@@ -65,6 +67,10 @@ class BatchAssignment:
                 out[rows] = forced
         return out
 
+    def propensities(self, experiment: str) -> npt.NDArray[np.float64]:
+        """The chance with which a bandit drew each row's arm, shape (N,); nan where it drew none."""
+        return self._propensities.get(experiment, np.full(self.n_rows, np.nan))
+
     def table(self) -> pa.Table:
         """One row per (row, experiment it is in): row int64, layer, experiment, arm, forced; by row."""
         empty = [np.empty(0, np.int64)]
@@ -92,6 +98,7 @@ def assign_many(
     attributes: pa.Table | Mapping[str, Sequence[Any]] | None,
     *,
     sticky: StickyArms | None = None,
+    policies: Mapping[str, Policy],
 ) -> BatchAssignment:
     """Every layer of `plan` for all rows. DataError if the columns differ in length."""
     lengths = {name: len(column) for name, column in units.items()}
@@ -100,7 +107,7 @@ def assign_many(
     if len(set(lengths.values())) > 1:
         raise DataError(f"columns of different lengths: {lengths}; one value per row in each")
     n_rows = next(iter(lengths.values()), 0)
-    return _Batch(plan, n_rows, units, attributes, sticky).assign(version)
+    return _Batch(plan, n_rows, units, attributes, sticky, policies).assign(version)
 
 
 def _names(attributes: pa.Table | Mapping[str, Sequence[Any]]) -> Sequence[str]:
@@ -115,8 +122,9 @@ class _Batch:
         units: Mapping[str, Sequence[Any]],
         attributes: pa.Table | Mapping[str, Sequence[Any]] | None,
         sticky: StickyArms | None,
+        policies: Mapping[str, Policy],
     ) -> None:
-        self._plan, self._n, self._sticky = plan, n_rows, sticky
+        self._plan, self._n, self._sticky, self._policies = plan, n_rows, sticky, policies
         self._attributes = attributes
         self._lists: dict[str, list[Any]] = {}
         self._coded: dict[str, tuple[Ints, int]] = {}
@@ -126,6 +134,7 @@ class _Batch:
             if kind in plan.kinds
         }
         self._errors: dict[int, list[AssignmentError]] = {}
+        self._propensities: dict[str, npt.NDArray[np.float64]] = {}
         self._arms_in: dict[str, Ints] = {}  # experiment -> arm index of each row, -1 = not in
 
     def assign(self, version: int) -> BatchAssignment:
@@ -156,7 +165,12 @@ class _Batch:
             decisions.append((owner, rows, arms, np.zeros(len(rows), bool)))
         decisions = sorted([*decisions, *below], key=lambda made: (made[0].rank, made[0].is_holdout)) + above
         return BatchAssignment(
-            version, self._n, decisions, self._plan.defaults, {row: tuple(e) for row, e in self._errors.items()}
+            version,
+            self._n,
+            decisions,
+            self._plan.defaults,
+            {row: tuple(e) for row, e in self._errors.items()},
+            self._propensities,
         )
 
     def _divide(
@@ -204,11 +218,34 @@ class _Batch:
                 np.zeros(self._n, bool) if column is None else (_array(marks)[column.buckets(prefix)] > 0) & column.ok
             )
             rows = rows[inside[rows]]
+        if owner.bandit is not None:
+            return rows, self._draw(owner, owner.bandit, rows)
         units = self._columns[owner.unit_kind]
         arms = _array(owner.arm_table)[units.buckets(owner.arm_prefix)[rows]].astype(np.int64)
         if owner.sticky and self._sticky is not None:
             return self._stick(owner, rows, arms, units)
         return (rows, arms) if owner.enrolling else (rows[:0], arms[:0])
+
+    def _draw(self, owner: Owner, bandit: PlannedBandit, rows: Ints) -> Ints:
+        """The arms that the bandit's policy draws; propensities are kept beside."""
+        hashes = self._columns[owner.unit_kind].hashes(owner.arm_prefix)
+        drawn_by = self._columns.get(bandit.drawn_by)
+        if drawn_by is not None:
+            hashes = np.where(drawn_by.ok, drawn_by.hashes(owner.arm_prefix), hashes)
+        policy = self._policies.get(owner.name, bandit.initial)
+        present = _names(self._attributes) if self._attributes is not None else []
+        columns = [(name, self._column(name)) for name in present if name in bandit.reads]
+        arms, propensities = np.zeros(len(rows), np.int64), np.full(self._n, np.nan)
+        for at, (row, u) in enumerate(zip(rows.tolist(), (hashes[rows] * HASH_UNIT).tolist(), strict=True)):
+            attributes = {name: column[row] for name, column in columns}
+            try:
+                draw = policy.choose(u, attributes)
+            except Exception as error:
+                self._error(row, AssignmentError("bandit_failed", f"{owner.name}: {error!r}"))
+                draw = bandit.initial.choose(u, attributes)
+            arms[at], propensities[row] = draw.arm, draw.propensity
+        self._propensities[owner.name] = propensities
+        return arms
 
     def _stick(self, owner: Owner, rows: Ints, arms: Ints, units: UnitColumn) -> tuple[Ints, Ints]:
         """Rows with their stored arms; rows without one only where the experiment enrols. Nothing is stored: looking

@@ -4,14 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from experiments.conditions import Condition, always, compile_condition, moment
 from experiments.hashing import N_BUCKETS
+from experiments.metrics import duration
 from experiments.problems import Problems
 from experiments.source import Path_
-from experiments.spec import ROOT, Arm, Domain, Experiment, ExperimentsSpec, Group, Holdout, Layer, Parameter, Ranges
+from experiments.spec import (
+    ROOT,
+    Arm,
+    Bandit,
+    ContextField,
+    Domain,
+    Experiment,
+    ExperimentsSpec,
+    Group,
+    Holdout,
+    Layer,
+    Parameter,
+    Ranges,
+)
 from plait.errors import SpecError, did_you_mean
 
 
@@ -122,7 +136,54 @@ class _Builder:
             metrics=tuple(raw.get("metrics", ())),
             primary=raw.get("primary"),
             guardrails=tuple(raw.get("guardrails", ())),
+            bandit=self._bandit(raw["bandit"], (*path, "bandit")) if "bandit" in raw else None,
         )
+
+    def _bandit(self, raw: Mapping[str, Any], path: Path_) -> Bandit:
+        contextual = raw["method"] != "thompson"
+        if contextual and "context" not in raw:
+            self._problems.add(
+                path, f"method {raw['method']} needs `context`: the attributes it tells requests apart by"
+            )
+        for key in ("context", "width"):
+            if key in raw and not contextual:
+                self._problems.add(
+                    (*path, key), f"thompson reads no {key}; use method linear or linucb, or leave it out"
+                )
+        return Bandit(
+            method=raw["method"],
+            reward=raw.get("reward", "click"),
+            floor=self._parts(raw.get("floor", 2), (*path, "floor")),
+            by_request=raw.get("by", "request") == "request",
+            half_life=self._span(raw["half_life"], (*path, "half_life")) if "half_life" in raw else None,
+            wait=self._span(raw["wait"], (*path, "wait"), zero=True) if "wait" in raw else timedelta(minutes=1),
+            width=float(raw.get("width", 0.5)),
+            context=tuple(
+                self._field(name, field, (*path, "context", name)) for name, field in raw.get("context", {}).items()
+            ),
+        )
+
+    def _field(self, name: str, raw: Mapping[str, Any], path: Path_) -> ContextField:
+        if ("scale" in raw) == ("categories" in raw):
+            self._problems.add(path, "needs either `scale` (of a number) or `categories` (of a text)")
+        elif "center" in raw and "scale" not in raw:
+            self._problems.add((*path, "center"), "only a number, with a `scale`, has a center")
+        return ContextField(
+            name=name,
+            center=float(raw.get("center", 0.0)),
+            scale=float(raw.get("scale", 1.0)),
+            categories=tuple(raw.get("categories", ())),
+        )
+
+    def _span(self, text: str, path: Path_, *, zero: bool = False) -> timedelta:
+        try:
+            span = duration(text, path[-1])  # type: ignore[arg-type]
+        except OverflowError:
+            span = timedelta.max
+        if not (timedelta(0) <= span <= timedelta(days=3650)) or not (span or zero):
+            self._problems.add(path, f"{text!r} is no usable span; more than nothing, at most ten years")
+            return timedelta(days=1)
+        return span
 
     def _arms(self, raw: Mapping[str, Any], path: Path_) -> tuple[Arm, ...]:
         """The arms. If their weights do not add up, that is a problem, and the first is bent so that checks go on."""

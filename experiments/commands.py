@@ -154,6 +154,7 @@ def list_(as_json: bool) -> None:
         )
         for each in layer["owners"]:
             arms = "  ".join(f"{name} {weight:g}" for name, weight in each["arms"].items())
+            arms += f"  ({each['bandit']} bandit)" if each.get("bandit") else ""
             click.echo(
                 f"  {each['kind']:<10} {each['name']:<32} {each['state']:<8} {each['in_use_percent']:>6g} %  {arms}"
             )

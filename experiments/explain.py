@@ -7,7 +7,7 @@ against `assign`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -15,12 +15,18 @@ import mmh3
 
 from experiments.assignment import StickyArms
 from experiments.hashing import N_BUCKETS, arm_bucket, bucket, prefixed, refusal, salt_prefix
+from experiments.policy import Policy, initial_policy
 from experiments.spec import ROOT, Arm, Experiment, ExperimentsSpec, Holdout, Layer, Ranges
+
+_NO_POLICIES: Mapping[str, Policy] = {}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerExplanation:
-    """One layer's decision. `parameters`: what this layer sets for the unit; `why`: one sentence."""
+    """One layer's decision. `parameters`: what this layer sets for the unit; `why`: one sentence.
+
+    shares: the chance of each arm, where a bandit draws it.
+    """
 
     layer: str
     unit_kind: str
@@ -32,6 +38,7 @@ class LayerExplanation:
     forced: bool
     parameters: Mapping[str, Any]
     why: str
+    shares: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,9 +59,10 @@ def explain(
     at: datetime,
     *,
     sticky: StickyArms | None = None,
+    policies: Mapping[str, Policy] = _NO_POLICIES,
 ) -> Explanation:
     """The explanation for `units` at `at` (aware)."""
-    return _Explainer(spec, units, attributes, at, sticky).explain(version)
+    return _Explainer(spec, units, attributes, at, sticky, policies).explain(version)
 
 
 class _Explainer:
@@ -65,8 +73,10 @@ class _Explainer:
         attributes: Mapping[str, Any],
         at: datetime,
         sticky: StickyArms | None,
+        policies: Mapping[str, Policy],
     ) -> None:
         self._spec, self._units, self._attributes, self._at, self._sticky = spec, units, attributes, at, sticky
+        self._policies = policies
         self._decided: dict[str, LayerExplanation] = {}
 
     def explain(self, version: int) -> Explanation:
@@ -164,7 +174,32 @@ class _Explainer:
             return f"{name}, where this unit's arm is kept (sticky)", stored
         if not open_here:
             return f"{name} owns this bucket but its traffic is {traffic / 100:g} % and does not reach it", None
+        if experiment.bandit is not None:
+            return self._drawn(experiment, unit)
         return f"{name} owns this bucket", _arm_at(experiment, arm_bucket(experiment.salt, unit))
+
+    def _drawn(self, experiment: Experiment, unit: str) -> tuple[str, Arm]:
+        """What a bandit draws: the shares laid side by side, and where the hash falls."""
+        assert experiment.bandit is not None
+        policy, shares = self._shares(experiment)
+        by, drawn = "unit", unit
+        if experiment.bandit.by_request and refusal(self._units.get("request")) is None:
+            by, drawn = "request", self._units["request"]
+        point = mmh3.mmh3_32_uintdigest(salt_prefix("arm", experiment.salt) + prefixed(drawn)) / 2**32
+        end, arm = 0.0, experiment.arms[-1]
+        for candidate in experiment.arms[:-1]:
+            end += shares[candidate.name]
+            if point < end:
+                arm = candidate
+                break
+        learned = f"policy {policy.version}" if policy.version else "its weights (nothing is learned yet)"
+        chances = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+        return f"bandit {experiment.name!r} draws by {by} from {learned}: {chances}", arm
+
+    def _shares(self, experiment: Experiment) -> tuple[Policy, dict[str, float]]:
+        policy = self._policies.get(experiment.name) or initial_policy(experiment)
+        names = (arm.name for arm in experiment.arms)
+        return policy, dict(zip(names, policy.shares(self._attributes), strict=True))
 
     def _in_layer(self, layer: Layer) -> list[Experiment]:
         return [e for e in self._spec.experiments.values() if e.layer == layer.name and e.state != "stopped"]
@@ -209,6 +244,7 @@ class _Explainer:
             forced=forced,
             parameters=dict(arm.values) if arm else dict(held or {}),
             why=why,
+            shares=self._shares(experiment)[1] if experiment and experiment.bandit and arm and not forced else {},
         )
 
 

@@ -3,6 +3,7 @@
 hash(parts) = murmur3_x86_32, seed 0, over the length-prefixed UTF-8 parts, so that ("ab", "c") and ("a", "bc") differ:
     bucket of a layer       parts (layer salt, unit)                 mod 10,000
     arm of an experiment    parts ("arm", experiment salt, unit)     mod 10,000
+    arm of a bandit         the same, of the unit or the request     / 2^32, a point in [0, 1)
     group, global holdout   parts ("group" | "holdout", salt, unit)  mod 10,000
 The pinned answers in the tests are an interface: changing one moves every user of every running experiment.
 murmur3 because FNV and crc32 make layers with similar names copies of each other (docs/experiments.md has the numbers).
@@ -93,9 +94,13 @@ class UnitColumn:
 
     def buckets(self, prefix: bytes) -> npt.NDArray[np.int64]:
         """Buckets in [0, 10,000) under `salt_prefix(...)`, shape (n,)."""
+        return self.hashes(prefix) % N_BUCKETS
+
+    def hashes(self, prefix: bytes) -> npt.NDArray[np.int64]:
+        """The 32 bits of the hash under `salt_prefix(...)`, shape (n,)."""
         out = np.zeros(len(self), np.int64)
         for group, (rows, _) in enumerate(self._groups):
-            out[rows] = self._hash(group, prefix) % np.uint32(N_BUCKETS)
+            out[rows] = self._hash(group, prefix)
         return out
 
     def _hash(self, group: int, prefix: bytes) -> npt.NDArray[np.uint32]:

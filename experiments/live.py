@@ -3,7 +3,7 @@
 A thread asks the store every `poll_s` for its newest version. A version that cannot be read or compiled, or a store
 that does not answer, changes nothing: what served goes on serving, and `error` and the counters say so. Each snapshot
 that was adopted is also written to disk, and at start it is the same rule: store, else last good on disk, else the
-project's own files, else defaults.
+project's own files, else defaults. The bandits' policies are part of the snapshot and follow by the same thread.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from experiments.live_policies import LivePolicies
+from experiments.policy_store import PolicyStore
 from experiments.snapshot import Snapshot
 from plait.errors import PlaitError, SpecError
 from plait.files import write_atomically
@@ -45,11 +47,14 @@ class LiveConfig:
         poll_s: float = 1.0,
         last_good: Path | None = None,
         on_change: Callable[[Snapshot], None] | None = None,
+        on_policies: Callable[[str], None] | None = None,
     ) -> None:
         self._store, self._poll_s, self._on_change = store, poll_s, on_change
         home = store.home
         self._last_good = last_good or (home.root / "experiments" / "last-good.json" if home else None)
         self._sticky = store.sticky()
+        kept = self._last_good.with_name("last-good-policies.json") if self._last_good else None
+        self.policies = LivePolicies(PolicyStore(store.engine), kept, on_policies)
         self._key: tuple[int, str] | None = None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -59,7 +64,9 @@ class LiveConfig:
         self.source = "defaults"
         self.snapshot = Snapshot.empty()
         if not self.poll() or self._key is None:
-            self.snapshot, self.source = self._fallback()
+            snapshot, self.source = self._fallback()
+            self.policies.from_disk()
+            self.snapshot = self.policies.poll(snapshot.with_policies(self.policies.stored))
 
     def start(self) -> LiveConfig:
         """Follow the store from a thread until close(). Call it after a fork, not before."""
@@ -87,9 +94,8 @@ class LiveConfig:
                 key = self._store.head_key()
                 if key == self._key:  # compared for difference, not order: a restored backup may count lower
                     self.counts.unchanged += 1
-                    self.error = None
-                    return True
-                self._adopt(key)
+                else:
+                    self._adopt(key)
             except Exception as error:  # whatever is wrong with the new one, the old one serves
                 self.counts.failed += 1
                 if str(error) != self.error:  # once, not every second
@@ -97,6 +103,7 @@ class LiveConfig:
                 self.error = str(error)
                 return False
             self.error = None
+            self.snapshot = self.policies.poll(self.snapshot)
             return True
 
     def _adopt(self, key: tuple[int, str] | None) -> None:
@@ -105,6 +112,8 @@ class LiveConfig:
             raise SpecError("the store holds no version any more")
         self._sticky.flush(timeout_s=1.0)  # arms given under the old weights are stored before the new ones count
         snapshot = Snapshot.of(head.document, version=head.version, sticky=self._sticky)
+        self.policies.poll(snapshot)  # first, so that a bandit never serves its weights between two swaps
+        snapshot = snapshot.with_policies(self.policies.stored)
         self.snapshot, self.source, self._key = snapshot, "store", (head.version, head.digest)
         self.counts.adopted += 1
         logger.info("experiments: version %d by %s is live", head.version, head.author)

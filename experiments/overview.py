@@ -50,6 +50,7 @@ def _experiment(experiment: Experiment, at: datetime) -> dict[str, Any]:
     return owner | {
         "state": experiment.state,
         "arms": {arm.name: arm.parts / 100 for arm in experiment.arms},
+        "bandit": experiment.bandit.method if experiment.bandit else None,
         "traffic_percent": traffic / 100,
         "where": experiment.where.text,
         "sticky": experiment.sticky,

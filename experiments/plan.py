@@ -14,10 +14,12 @@ from typing import Any
 
 from experiments.conditions import Test
 from experiments.hashing import N_BUCKETS, salt_prefix
+from experiments.policy import Policy, initial_policy
 from experiments.prerequisites import evaluation_order
 from experiments.spec import ROOT, Experiment, ExperimentsSpec, Holdout, Ranges
 
 Table = bytes | array  # type: ignore[type-arg]
+REQUEST = "request"
 HELD, OPEN = "holdout", "open"
 """The two arms of a holdout: kept from experiments, and everybody else (the group to compare with)."""
 
@@ -26,6 +28,15 @@ HELD, OPEN = "holdout", "open"
 class PlannedArm:
     name: str
     values: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedBandit:
+    """Arms are drawn by the experiment's policy, `initial` until there is one, from the hash of a `drawn_by` id."""
+
+    drawn_by: str
+    initial: Policy
+    reads: frozenset[str]  # attributes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,7 +60,8 @@ class Owner:
     sticky: bool = False
     enrolling: bool = True
     is_holdout: bool = False
-    plain: bool = False  # nothing but a condition to test: no group, prerequisite or stickiness
+    bandit: PlannedBandit | None = None
+    plain: bool = False  # nothing but a condition to test: no group, prerequisite, stickiness or bandit
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,6 +120,7 @@ def build_plan(spec: ExperimentsSpec, since: datetime, until: datetime) -> Plan:
                 testers[key] = (*testers.get(key, ()), (owner, planned_arm))
     kinds = {layer.unit_kind for layer in planned} | {h.owner.unit_kind for h in holdouts}
     kinds |= {owner.group[0] for owner in owners.values() if owner.group}
+    kinds |= {owner.bandit.drawn_by for owner in owners.values() if owner.bandit}
     return Plan(since, until, tuple(sorted(kinds)), planned, holdouts, owners, testers, defaults)
 
 
@@ -130,10 +143,16 @@ def _owner(spec: ExperimentsSpec, experiment: Experiment, rank: int, order: int)
     for i, arm in enumerate(experiment.arms):
         shares.append((((first, first + arm.parts),), i))
         first += arm.parts
+    unit_kind = spec.layers[experiment.layer].unit
+    bandit = None
+    if experiment.bandit is not None:
+        drawn_by = REQUEST if experiment.bandit.by_request else unit_kind
+        reads = frozenset(each.name for each in experiment.bandit.context)
+        bandit = PlannedBandit(drawn_by, initial_policy(experiment), reads)
     return Owner(
         name=experiment.name,
         layer=experiment.layer,
-        unit_kind=spec.layers[experiment.layer].unit,
+        unit_kind=unit_kind,
         rank=rank,
         order=order,
         arms=tuple(PlannedArm(arm.name, arm.values) for arm in experiment.arms),
@@ -145,7 +164,8 @@ def _owner(spec: ExperimentsSpec, experiment: Experiment, rank: int, order: int)
         group=group,
         requires=experiment.requires,
         sticky=experiment.sticky,
-        plain=not (experiment.sticky or experiment.requires or group),
+        bandit=bandit,
+        plain=not (experiment.sticky or experiment.requires or group or bandit),
     )
 
 

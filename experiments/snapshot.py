@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from bisect import bisect_right
@@ -16,9 +17,11 @@ from experiments.assignment import Assignment, AssignmentError, StickyArms, assi
 from experiments.batch import BatchAssignment, assign_many
 from experiments.explain import Explanation, explain
 from experiments.plan import Plan, build_plan, edges
+from experiments.policy import Policy, compile_policy
 from experiments.source import Source, read_folder
 from experiments.spec import ExperimentsSpec
 from experiments.validate import load, model_references
+from plait.errors import SpecError
 
 logger = logging.getLogger("experiments")
 _FIRST, _LAST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
@@ -39,6 +42,7 @@ class Snapshot:
     ) -> None:
         self.spec, self.version, self.document = spec, version, dict(document or {})
         self._sticky = sticky
+        self.policies: Mapping[str, Policy] = _NOTHING
         self._edges = edges(spec)
         self._plans: list[Plan | None] = [None] * (len(self._edges) + 1)
         self._plan = self._plan_at(datetime.now(UTC))
@@ -67,6 +71,27 @@ class Snapshot:
         """No parameter, no experiment: what serves when there is no configuration at all."""
         return cls(ExperimentsSpec())
 
+    @property
+    def bandits(self) -> frozenset[str]:
+        """Experiments whose arms a bandit draws."""
+        return frozenset(e.name for e in self.spec.experiments.values() if e.bandit and e.state != "stopped")
+
+    def with_policies(self, stored: Mapping[str, tuple[int, Mapping[str, Any]]]) -> Snapshot:
+        """The same configuration with the bandits' learned policies: experiment → (version, document).
+
+        A policy that does not fit the configuration (any more) is left out, and said so: its weights serve.
+        """
+        policies: dict[str, Policy] = {}
+        for name in sorted(self.bandits & stored.keys()):
+            version, document = stored[name]
+            try:
+                policies[name] = compile_policy(self.spec.experiments[name], version, document)
+            except SpecError as error:
+                logger.warning("experiments: the weights of %s serve: %s", name, error)
+        other = copy.copy(self)  # compiled plans are shared: they hold no policy
+        other.policies = policies
+        return other
+
     def assign(
         self,
         units: Mapping[str, str],
@@ -89,7 +114,13 @@ class Snapshot:
             if not plan.since <= at < plan.until:
                 plan = self._plan = self._plan_at(at)
             return assign(
-                plan, self.version, units, attributes or _NOTHING, force=force or _NOTHING, sticky=self._sticky
+                plan,
+                self.version,
+                units,
+                attributes or _NOTHING,
+                force=force or _NOTHING,
+                sticky=self._sticky,
+                policies=self.policies,
             )
         except Exception as error:
             logger.exception("assignment failed; the defaults serve")
@@ -105,7 +136,9 @@ class Snapshot:
     ) -> BatchAssignment:
         """The same as `assign` for many rows at once: `units` and `attributes` are columns of equal length."""
         moment = _aware(at)
-        return assign_many(self._plan_at(moment), self.version, units, attributes, sticky=self._sticky)
+        return assign_many(
+            self._plan_at(moment), self.version, units, attributes, sticky=self._sticky, policies=self.policies
+        )
 
     def explain(
         self,
@@ -116,7 +149,15 @@ class Snapshot:
         """For every layer: bucket, experiment, arm, parameters, and why. A plain id stands for every kind of unit."""
         if isinstance(units, str):
             units = dict.fromkeys(self._plan.kinds or ("user",), units)
-        return explain(self.spec, self.version, units, attributes or {}, _aware(at), sticky=self._sticky)
+        return explain(
+            self.spec,
+            self.version,
+            units,
+            attributes or {},
+            _aware(at),
+            sticky=self._sticky,
+            policies=self.policies,
+        )
 
     def model_references(self) -> frozenset[str]:
         """Every model that a default or an unstopped experiment names: what a server should have loaded."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Literal
 
 from experiments.conditions import Condition
@@ -21,6 +21,7 @@ ROOT = "default"
 
 Ranges = tuple[tuple[int, int], ...]
 State = Literal["draft", "running", "stopped"]
+BanditMethod = Literal["thompson", "linear", "linucb"]
 ParameterType = Literal["string", "int", "float", "bool", "list", "model"]
 
 
@@ -91,6 +92,34 @@ class Arm:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ContextField:
+    """An attribute that a contextual bandit reads: a number as (x - center) / scale, or one of `categories`."""
+
+    name: str
+    center: float = 0.0
+    scale: float = 1.0
+    categories: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bandit:
+    """How an experiment's arms are drawn by what they earned. The arms' weights are what it starts from.
+
+    reward: the event type that pays 1 to a decision. floor: parts per 10,000 that every arm keeps. wait: a decision
+    counts once it is that old. width: standard deviation of one reward, as linear methods take it.
+    """
+
+    method: BanditMethod
+    reward: str
+    floor: int
+    by_request: bool = True
+    half_life: timedelta | None = None
+    wait: timedelta = timedelta(minutes=1)
+    width: float = 0.5
+    context: tuple[ContextField, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Experiment:
     """Owns `ranges` of its layer; the first `traffic` parts per 10,000 of them are in use (a ramp moves that)."""
 
@@ -115,6 +144,7 @@ class Experiment:
     metrics: tuple[str, ...] = ()
     primary: str | None = None
     guardrails: tuple[str, ...] = ()
+    bandit: Bandit | None = None
 
     def __post_init__(self) -> None:
         if (total := sum(arm.parts for arm in self.arms)) != N_BUCKETS:

@@ -19,6 +19,17 @@ config_versions = sa.Table(
     sa.Column("diff", sa.Text, nullable=False),
 )
 
+policy_versions = sa.Table(
+    "experiment_policies",
+    metadata,
+    sa.Column("experiment", sa.String(100), primary_key=True),
+    sa.Column("version", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("created", sa.DateTime(timezone=True), nullable=False),
+    sa.Column("author", sa.String(200), nullable=False),
+    sa.Column("digest", sa.String(64), nullable=False),
+    sa.Column("document", sa.Text, nullable=False),
+)
+
 sticky_arms = sa.Table(
     "experiment_sticky_arms",
     metadata,

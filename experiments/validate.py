@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 
 from experiments.build import build_spec
+from experiments.hashing import N_BUCKETS
 from experiments.prerequisites import check_prerequisites
 from experiments.problems import ConfigError, Problem, Problems
 from experiments.shape import check_shape
@@ -30,6 +31,7 @@ def check(source: Source, *, models: Collection[str] | None = None) -> tuple[Exp
         _check_domains,
         _check_ownership,
         _check_experiments,
+        _check_bandits,
         _check_buckets,
         _check_groups,
         _check_testers,
@@ -130,6 +132,31 @@ def _check_experiments(spec: ExperimentsSpec, problems: Problems) -> None:
                     )
                 elif complaint := spec.parameters[name].complaint(value):
                     problems.add(where, complaint)
+
+
+def _check_bandits(spec: ExperimentsSpec, problems: Problems) -> None:
+    for experiment in spec.experiments.values():
+        bandit, path = experiment.bandit, ("experiments", experiment.name)
+        if bandit is None:
+            continue
+        layer = spec.layers.get(experiment.layer)
+        if len(experiment.arms) < 2:
+            problems.add((*path, "arms"), "a bandit chooses between two or more arms")
+        if experiment.sticky:
+            problems.add((*path, "sticky"), "a bandit moves units to better arms, and sticky keeps them: choose one")
+        if layer is not None and layer.launch:
+            problems.add((*path, "bandit"), "a launch layer moves defaults; put the bandit into an ordinary layer")
+        if bandit.floor * len(experiment.arms) > N_BUCKETS:
+            problems.add(
+                (*path, "bandit", "floor"), f"{len(experiment.arms)} arms cannot all keep {bandit.floor / 100:g} %"
+            )
+            continue
+        for arm in experiment.arms:
+            if arm.parts < bandit.floor:
+                problems.add(
+                    (*path, "arms", arm.name, "weight"),
+                    f"{arm.parts / 100:g} % is below the bandit's floor of {bandit.floor / 100:g} % for every arm",
+                )
 
 
 def _check_buckets(spec: ExperimentsSpec, problems: Problems) -> None:
