@@ -20,12 +20,16 @@ _MICROSECOND = timedelta(microseconds=1)
 
 @dataclass(slots=True)
 class ExposureCounts:
-    """used = logged + repeated + dropped. `evicted` keys left the window early because it was full."""
+    """used = logged + repeated + dropped. Of the logged, `lost` could not be written: the table holds the rest.
+
+    `evicted` keys left the window early because it was full.
+    """
 
     used: int = 0
     logged: int = 0
     repeated: int = 0
     dropped: int = 0
+    lost: int = 0
     forced: int = 0
     evicted: int = 0
 
@@ -59,6 +63,11 @@ class ExposureWindow:
         """Let the next use of `key` count as the first."""
         with self._lock:
             self._since.pop(key, None)
+
+    def clear(self) -> None:
+        """Let the next use of every key count as the first."""
+        with self._lock:
+            self._since.clear()
 
     def __len__(self) -> int:
         return len(self._since)
@@ -110,6 +119,12 @@ class ExposureRecorder:
     def counts(self) -> ExposureCounts:
         self._counts.evicted = self.window.evicted
         return self._counts
+
+    def lost(self, n: int) -> None:
+        """Say that `n` of the logged exposures could not be written: all are logged again at their next use."""
+        self.window.clear()
+        with self._lock:
+            self._counts.lost += n
 
     def record(self, exposures: Sequence[Any], version: int | None, request_id: str, at: datetime) -> RecordedExposures:
         """Log those of an answer's exposures (`Assignment.exposures`) that are new in the window."""

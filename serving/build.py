@@ -50,6 +50,7 @@ def build_parts(home: Home, *, label: str = "serve", n_reads: int = 8, metrics_f
     pool.start()
     log = EventLog(log_folder(home), label)
     predictor = Predictor(pool, live, log, clock, metrics, n_reads=n_reads)
+    log.on_lost = predictor.log_lost
     return Parts(
         scenes=scenes,
         pool=pool,

@@ -83,6 +83,9 @@ class Metrics:
             "plait_exposure_queue", "Log records waiting to be written.", multiprocess_mode="livesum", registry=r
         )
         self.log_dropped = Counter("plait_log_dropped_total", "Log records lost to a full queue.", ["kind"], registry=r)
+        self.log_lost = Counter(
+            "plait_log_lost_total", "Log records taken and then not written: a disk that is full.", ["kind"], registry=r
+        )
         self.events = Counter("plait_events_total", "Feedback events taken.", ["type"], registry=r)
         self.config_reloads = Counter(
             "plait_config_reload_total", "Configurations of the experiments taken up.", ["result"], registry=r

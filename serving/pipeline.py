@@ -138,6 +138,12 @@ class Predictor:
             self._count(answer, len(item_ids))
         return answer
 
+    def log_lost(self, kind: str, n_records: int) -> None:
+        """Count records that the log took and could not write."""
+        self._metrics.log_lost.labels(kind).inc(n_records)
+        if kind == "exposure":
+            self._exposures.lost(n_records)
+
     def close(self) -> None:
         self._reads.close()
 

@@ -168,6 +168,32 @@ def test_a_log_that_cannot_be_written_says_so_and_recovers(home, monkeypatch):
     assert [row["event_id"] for row in rows(home, "feedback")] == ["before", "after"]
 
 
+def test_what_was_taken_and_could_not_be_written_is_told_by_kind(home, monkeypatch, caplog):
+    log = EventLog(log_folder(home), "test")
+    told = []
+
+    def hear(kind, n_records):
+        told.append((kind, n_records))
+        raise RuntimeError("a listener that fails must not end the writer")
+
+    log.on_lost = hear
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert log.enqueue("feedback", [click("lost 1"), click("lost 2")])
+        with pytest.raises(StoreError):
+            log.append("feedback", [click("told to its caller")])
+    assert told == [("feedback", 2)]
+    assert "2 feedback records could not be written" in caplog.text
+    log.append("feedback", [click("after")])
+    log.close()
+    roll(home)
+    assert [row["event_id"] for row in rows(home, "feedback")] == ["after"]
+
+
 def test_a_closed_log_refuses(home):
     log = EventLog(log_folder(home), "test")
     log.close()

@@ -26,10 +26,15 @@ BODY = {"scene": "home", "entities": {"user_id": 1}, "candidate_ids": [1, 2, 3]}
 
 
 @contextmanager
-def fake_server(port: int, workers: int, slow_s: float = 0.0) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+def fake_server(
+    port: int, workers: int, slow_s: float = 0.0, **environment: str
+) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     command = [sys.executable, str(Path(__file__).with_name("fake_server.py")), str(port), str(workers)]
     process = subprocess.Popen(
-        command, env={**os.environ, "SLOW_S": str(slow_s)}, stderr=subprocess.DEVNULL, start_new_session=True
+        command,
+        env={**os.environ, "SLOW_S": str(slow_s), **environment},
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     url = f"http://127.0.0.1:{port}"
     try:

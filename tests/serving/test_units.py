@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
-import duckdb
-import numpy as np
 import pytest
 
 from experiments.snapshot import Snapshot
-from plait.eventlog import EventLog, log_folder, roll
-from plait.settings import Home
 from tests.serving.conftest import NOW, make_world
 
 MODEL, EXCLUDE = "rank.model", "recall.exclude_seen"
@@ -201,81 +196,3 @@ def test_a_limit_under_experiment_is_marked_where_it_cuts() -> None:
         assert set(found) == {"2", "500"}
         for marks in found.values():
             assert marks == [False, True] * (len(marks) // 2)
-
-
-# -- counts ---------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def real_log(folder: Any):
-    home = Home(project=folder, root=folder / ".plait").create()
-    log = EventLog(log_folder(home), "test")
-    try:
-        yield home, log
-    finally:
-        log.close()
-
-
-def table(home: Home, name: str) -> list[dict[str, Any]]:
-    parts = str(home.events / name / "*.parquet")
-    with duckdb.connect() as db:
-        return db.execute("SELECT * FROM read_parquet(?)", [parts]).to_arrow_table().to_pylist()
-
-
-def test_exposures_and_requests_in_the_tables_are_what_was_answered_across_a_restart(tmp_path: Any) -> None:
-    rng = np.random.default_rng(3)
-    answered: dict[str, dict[str, str]] = {}
-    counted = Counter()
-    for _ in range(2):  # a server, and the one that follows it
-        with real_log(tmp_path) as (home, log), make_world(snapshot=configuration("session"), log=log) as world:
-            for _ in range(150):
-                user, session = int(rng.integers(1, 30)), f"s{rng.integers(0, 40)}"
-                answer = world.predict(
-                    entities={"user_id": user}, session_id=session,
-                    candidate_ids=[int(i) for i in rng.integers(1, 30, 5)],
-                )  # fmt: skip
-                body = answer.get_json()
-                answered[body["request_id"]] = arms(answer)
-                counted["used"] += len(body["experiments"])
-            for name in ("ranker", "seen"):
-                for arm in ("deepfm", "lightgbm", "false", "true"):
-                    counted["logged"] += int(world.metric("plait_exposures_total", experiment=name, arm=arm))
-            counted["repeated"] += int(world.metric("plait_exposures_deduped_total"))
-            counted["dropped"] += int(world.metric("plait_exposures_dropped_total"))
-    roll(home)
-    assert {row["request_id"] for row in table(home, "impressions")} == set(answered)
-    exposures = table(home, "exposures")
-    assert counted["used"] == 600 == counted["logged"] + counted["repeated"] + counted["dropped"]
-    assert len(exposures) == counted["logged"] and counted["dropped"] == 0
-    for row in exposures:  # each names a request that was answered, and the arm it was answered with
-        assert answered[row["request_id"]][row["experiment"]] == row["arm"]
-
-
-def test_with_a_full_queue_what_was_dropped_is_counted_and_comes_with_the_next_use(tmp_path: Any) -> None:
-    with real_log(tmp_path) as (home, log), make_world(snapshot=configuration(), log=log) as world:
-        taking, refused = log.enqueue, Counter()
-
-        def enqueue(kind: str, records: Any) -> bool:
-            if full:
-                refused[kind] += len(records)
-                return False
-            return taking(kind, records)
-
-        log.enqueue = enqueue
-        for full in (True, False, False):
-            for user in range(1, 20):
-                answer = world.predict(entities={"user_id": user}, candidate_ids=[10, 11])
-                assert ("not_logged" in answer.get_json()["degraded"]) == full
-        logged = sum(
-            world.metric("plait_exposures_total", experiment=name, arm=arm)
-            for name, of in (("ranker", ("deepfm", "lightgbm")), ("seen", ("false", "true")))
-            for arm in of
-        )
-        repeated = world.metric("plait_exposures_deduped_total")
-        dropped = world.metric("plait_exposures_dropped_total")
-        assert (logged, repeated, dropped) == (38, 38, 38)
-        assert refused == {"request": 19, "exposure": 38}
-        assert world.metric("plait_log_dropped_total", kind="request") == 19
-    roll(home)
-    assert len(table(home, "exposures")) == 38
-    assert len({row["request_id"] for row in table(home, "impressions")}) == 38

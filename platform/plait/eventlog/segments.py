@@ -9,6 +9,7 @@ segment that is open but not locked belongs to a dead process and is as final as
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import queue
 import struct
@@ -16,7 +17,7 @@ import threading
 import time
 import uuid
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ import orjson
 
 from plait.errors import StoreError
 from plait.files import fsync_folder
+
+logger = logging.getLogger("plait")
 
 KINDS = ("request", "feedback", "exposure")
 OPEN, CLOSED = ".seg.open", ".seg"
@@ -36,7 +39,8 @@ class EventLog:
     """One process's writer; safe to call from many threads. Make it after fork, close it before exit.
 
     folder: where the segments lie. label: who writes, part of the file name. max_queue: frames that may wait before
-    `enqueue` drops. segment_bytes: a segment is closed when it has grown past this.
+    `enqueue` drops. segment_bytes: a segment is closed when it has grown past this. on_lost: set it to hear, in the
+    writer's thread, of the kind and number of records that `enqueue` took and that then could not be written.
     """
 
     def __init__(self, folder: Path, label: str, *, max_queue: int = 10_000, segment_bytes: int = 64 << 20) -> None:
@@ -44,6 +48,7 @@ class EventLog:
         self.folder, self.label, self.segment_bytes = folder, label, segment_bytes
         self.n_dropped = 0
         self.n_written = 0
+        self.on_lost: Callable[[str, int], None] = lambda kind, n_records: None
         self._queue: queue.Queue[_Pending | None] = queue.Queue(max_queue)
         self._fd = -1
         self._path: Path | None = None
@@ -73,7 +78,7 @@ class EventLog:
         """Hand the records over without waiting; False, and counted in `n_dropped`, if the queue is full."""
         self._refuse_when_closed()
         try:
-            self._queue.put_nowait(_Pending(_frame(kind, records)))
+            self._queue.put_nowait(_Pending(_frame(kind, records), (kind, len(records))))
         except queue.Full:
             self.n_dropped += len(records)
             return False
@@ -133,8 +138,20 @@ class EventLog:
         for pending in group:
             pending.error = error
             pending.done.set()
+        if error is not None:
+            self._tell_lost([pending.unwatched for pending in group if pending.unwatched is not None], error)
         if self._size > self.segment_bytes:
             self._close_segment()
+
+    def _tell_lost(self, frames: Sequence[tuple[str, int]], error: OSError) -> None:
+        for kind in KINDS:
+            n_records = sum(n for of, n in frames if of == kind)
+            if n_records:
+                logger.error("%d %s records could not be written to %s: %s", n_records, kind, self.folder, error)
+                try:
+                    self.on_lost(kind, n_records)
+                except Exception:  # the listener's fault must not end the writer
+                    logger.exception("on_lost failed")
 
     def _open_segment(self) -> None:
         name = f"{self.label}-{os.getpid()}-{time.time_ns()}-{uuid.uuid4().hex[:6]}{OPEN}"
@@ -165,10 +182,12 @@ class EventLog:
 
 
 class _Pending:
-    __slots__ = ("done", "error", "frame")
+    """unwatched: kind and number of records of a frame that nobody waits for."""
 
-    def __init__(self, frame: bytes) -> None:
-        self.frame = frame
+    __slots__ = ("done", "error", "frame", "unwatched")
+
+    def __init__(self, frame: bytes, unwatched: tuple[str, int] | None = None) -> None:
+        self.frame, self.unwatched = frame, unwatched
         self.done = threading.Event()
         self.error: OSError | None = None
 
