@@ -5,7 +5,9 @@
 The configuration: 10 layers of similar names, 3 experiments in each (30), two arms each, two thirds of them with a
 condition of two leaves. Beside it, hash only (no layers, conditions, holdouts or reasons): GrowthBook's FNV-1a v1
 and v2 and a sha256 (Statsig's way), in plain Python, for the same 10 layers with one bucket and one arm hash each;
-and Plait's own hash alone, as the floor. Times are of this process's CPU clock, best of several rounds.
+and Plait's own hash alone, as the floor.
+Then the same with a bandit in one of the layers: Thompson, and linear by a context of two numbers and a text (seen
+before, and new in every request). Times are of this process's CPU clock, best of several rounds.
 """
 
 from __future__ import annotations
@@ -18,12 +20,16 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiments.hashing import arm_bucket, bucket
+from experiments.policy import ContextEncoder
 from experiments.snapshot import Snapshot
 
 LAYERS = [f"layer{i}" for i in range(10)]
@@ -57,6 +63,30 @@ def configuration() -> dict[str, Any]:
             experiments[f"{layer}-{k}"] = experiment
     layers = {layer: {"unit": "user", "parameters": [f"{layer}.*"]} for layer in LAYERS}
     return {"parameters": parameters, "layers": layers, "experiments": experiments}
+
+
+def with_bandit(method: str) -> Snapshot:
+    """The same, one layer's three experiments replaced by a bandit of three arms over all of its buckets, learned."""
+    document = configuration()
+    layer, bandit = LAYERS[0], {"method": method, "floor": 2}
+    arms = {name: {"weight": w, "values": {f"{layer}.weight": w}} for name, w in (("a", 40), ("b", 30), ("c", 30))}
+    learned: dict[str, Any] = {name: {"best": w / 100} for name, w in (("a", 60), ("b", 30), ("c", 10))}
+    fields = {"age": {"scale": 20, "center": 40}, "hour": {"scale": 12}, "country": {"categories": ["SE", "NO", "DK"]}}
+    if method == "linear":
+        bandit["context"] = fields
+        for i, arm in enumerate(learned.values()):
+            arm |= {"theta": [0.1, 0.02 * i, 0.01, 0.0, 0.03, 0.01], "covariance": (np.eye(6) * 0.001).tolist()}
+    for k in range(3):
+        del document["experiments"][f"{layer}-{k}"]
+    document["experiments"]["bandit"] = {
+        "layer": layer, "state": "running", "buckets": "all", "arms": arms, "bandit": bandit,
+    }  # fmt: skip
+    snapshot = Snapshot.of(document)
+    spec = snapshot.spec.experiments["bandit"].bandit
+    assert spec is not None
+    signature = ContextEncoder(spec.context).signature()
+    policy = {"method": method, "reward": "click", "arms": learned, "fields": signature}
+    return snapshot.with_policies({"bandit": (1, policy)})
 
 
 def fnv1a(text: str) -> int:
@@ -122,9 +152,25 @@ def main() -> None:
             assignment[f"{layer}.weight"]
         return assignment.exposures()
 
+    thompson, linear, hours = with_bandit("thompson"), with_bandit("linear"), count()
+
+    def assign_thompson(unit: str) -> object:
+        return thompson.assign({"user": unit, "request": unit}, ATTRIBUTES, AT)
+
+    seen = {**ATTRIBUTES, "hour": 7}
+
+    def assign_linear(unit: str) -> object:
+        return linear.assign({"user": unit, "request": unit}, seen, AT)
+
+    def assign_linear_new(unit: str) -> object:
+        return linear.assign({"user": unit, "request": unit}, {**ATTRIBUTES, "hour": next(hours) / 7}, AT)
+
     one = {
         "plait: assign, 10 layers, 30 experiments, conditions": microseconds(assign),
         "plait: the same + read 10 parameters + exposures": microseconds(assign_and_read),
+        "plait: assign, a Thompson bandit in one layer": microseconds(assign_thompson),
+        "plait: assign, a linear bandit in one layer, context seen": microseconds(assign_linear),
+        "plait: assign, a linear bandit in one layer, context new": microseconds(assign_linear_new),
         "plait: its two hashes x 10, salts not prepared": microseconds(ten_layers(bucket, arm_bucket)),
         "GrowthBook v2 (FNV-1a twice) x 2 x 10, hashes only": microseconds(ten_layers(growthbook_v2, growthbook_v2)),
         "GrowthBook v1 (FNV-1a) x 2 x 10, hashes only": microseconds(ten_layers(growthbook_v1, growthbook_v1)),

@@ -1,4 +1,5 @@
-"""Which exposures are logged: the first of each (unit, experiment, arm, configuration version) in a bounded window.
+"""Which exposures are logged: the first of each (unit, experiment, arm, configuration version) in a bounded window,
+and every one that a bandit drew.
 
 A key forgotten early, or one whose record could not be queued, is logged again at its next use: twice, never not at
 all (the report counts a unit once). Expiry runs on the monotonic clock, so a wall clock that jumps changes nothing.
@@ -86,6 +87,8 @@ def exposure_record(exposure: Any, at: datetime, request_id: str, config_version
         "config_version": config_version,
         "forced": bool(exposure.forced),
         "counterfactual": bool(exposure.counterfactual),
+        "propensity": exposure.propensity,
+        "context": exposure.context,
     }
 
 
@@ -127,11 +130,14 @@ class ExposureRecorder:
             self._counts.lost += n
 
     def record(self, exposures: Sequence[Any], version: int | None, request_id: str, at: datetime) -> RecordedExposures:
-        """Log those of an answer's exposures (`Assignment.exposures`) that are new in the window."""
+        """Log those of an answer's exposures (`Assignment.exposures`) that are new in the window.
+
+        What a bandit drew is logged with every request: each is a decision of its own to learn from.
+        """
         fresh: dict[Hashable, Any] = {}
         for exposure in exposures:
             key = exposure_key(exposure, version)
-            if self.window.first(key):
+            if exposure.propensity is not None or self.window.first(key):
                 fresh[key] = exposure
         records = [exposure_record(exposure, at, request_id, version) for exposure in fresh.values()]
         taken = not fresh or self._enqueue(records)

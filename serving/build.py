@@ -44,7 +44,11 @@ def build_parts(home: Home, *, label: str = "serve", n_reads: int = 8, metrics_f
     metrics = Metrics(metrics_folder)
     store = open_store(home)
     registry = ModelRegistry(home)
-    live = LiveConfig(ConfigStore.at(home), on_change=lambda _: metrics.config_reloads.labels("adopted").inc())
+    live = LiveConfig(
+        ConfigStore.at(home),
+        on_change=lambda _: metrics.config_reloads.labels("adopted").inc(),
+        on_policies=lambda result: metrics.policy_reloads.labels(result).inc(),
+    )
     live.start()
     pool = ModelPool(registry, model_loader(store, clock), lambda: wanted_models(scenes, live.snapshot), metrics)
     pool.start()

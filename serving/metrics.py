@@ -74,6 +74,15 @@ class Metrics:
         self.assignment_errors = Counter(
             "plait_assignment_errors_total", "Assignments left at defaults, by reason.", ["code"], registry=r
         )
+        self.bandit_choices = Counter(
+            "plait_bandit_choices_total",
+            "Arms that a bandit drew, by what decided: policy, weights (nothing learned yet) or no_context.",
+            ["experiment", "chosen_by"],
+            registry=r,
+        )
+        self.policy_reloads = Counter(
+            "plait_policy_reload_total", "Polls that took up a bandit's policy, or could not.", ["result"], registry=r
+        )
         self.exposures = Counter("plait_exposures_total", "Exposures logged.", ["experiment", "arm"], registry=r)
         self.exposures_deduped = Counter(
             "plait_exposures_deduped_total", "Exposures not logged again within their window.", registry=r

@@ -324,6 +324,8 @@ class Predictor:
             metrics.config_version.set(float(answer.config_version or 0))
         for arm in answer.arms:
             metrics.assignments.labels(arm.layer, arm.experiment, arm.arm).inc()
+            if arm.propensity is not None:
+                metrics.bandit_choices.labels(arm.experiment, arm.chosen_by).inc()
         metrics.exposure_queue.set(self._log.queue_length)
         if "features_unavailable" not in answer.degraded:
             metrics.feature_read_seconds.observe(answer.stage_seconds["features"])
@@ -369,7 +371,10 @@ def request_record(answer: Answer) -> dict[str, Any]:
         "propensities": [1.0] * n,
         "model": answer.model.name if answer.model else None,
         "model_version": answer.model.version if answer.model else None,
-        "arms": [{"layer": arm.layer, "experiment": arm.experiment, "arm": arm.arm} for arm in answer.arms],
+        "arms": [
+            {"layer": arm.layer, "experiment": arm.experiment, "arm": arm.arm, "propensity": arm.propensity}
+            for arm in answer.arms
+        ],
         "config_version": answer.config_version,
         "features_request": rows[0] if rows else {},
         "features_candidates": candidate_features.to_pydict(),

@@ -137,6 +137,8 @@ def test_an_exposure_is_logged_once_per_unit_experiment_arm_and_version():
         "config_version": 1,
         "forced": False,
         "counterfactual": False,
+        "propensity": None,
+        "context": None,
     }
     counts = recorder.counts
     assert (counts.used, counts.logged, counts.repeated, counts.dropped) == (6, 4, 2, 0)
@@ -242,3 +244,27 @@ def test_threads_log_each_unit_exactly_once_and_the_counts_add_up():
     assert sorted(r["unit"] for r in log.records) == sorted(f"u{i}" for i in range(200))
     counts = recorder.counts
     assert (counts.used, counts.logged, counts.repeated) == (800, 200, 600)
+
+
+def test_what_a_bandit_drew_is_logged_with_every_request():
+    """Each request is a decision to learn from, and none of them pushes others out of the window."""
+    raw = snapshot().document
+    raw = {**raw, "experiments": {**raw["experiments"], "eq": {**raw["experiments"]["eq"]}}}
+    raw["experiments"]["eq"] |= {
+        "bandit": {"method": "linear", "context": {"age": {"scale": 10}}},
+        "arms": {name: {"weight": 50, "values": {"q.x": i}} for i, name in enumerate("ab")},
+    }
+    found, logged = Snapshot.of(raw, version=1), []
+    recorder = ExposureRecorder(lambda records: not logged.extend(records))
+    for i in range(4):
+        assignment = found.assign({"user": "u", "request": f"r{i}"}, {"age": 40}, AT)
+        assignment["q.x"], assignment["p.x"]
+        recorder.record(assignment.exposures(), 1, f"r{i}", AT)
+    drawn = [record for record in logged if record["experiment"] == "eq"]
+    assert [record["request_id"] for record in drawn] == ["r0", "r1", "r2", "r3"]
+    assert {record["propensity"] for record in drawn} == {0.5}
+    assert {record["context"] for record in drawn} == {'{"age":40.0}'}
+    split = [record for record in logged if record["experiment"] != "eq"]
+    assert len({record["experiment"] for record in split}) == len(split)
+    assert {record["propensity"] for record in split} == {record["context"] for record in split} == {None}
+    assert len(recorder.window) == len(split)

@@ -153,6 +153,9 @@ class FakeArm:
     unit_kind: str = "user"
     forced: bool = False
     counterfactual: bool = False
+    propensity: float | None = None
+    context: str | None = None
+    chosen_by: str = "hash"
 
 
 class FakeAssignment:

@@ -77,11 +77,12 @@ EXPOSURES = pa.schema(
         ("config_version", pa.int64()),
         ("forced", pa.bool_()),
         ("counterfactual", pa.bool_()),
-        ("propensity", pa.float64()),  # of the arm, where a bandit chose it; null where a hash did
+        ("propensity", pa.float64()),  # of the arm, where a bandit drew it; null where a fixed split did
+        ("context", pa.string()),  # JSON of what a contextual bandit looked at
     ]
 )
 # Columns that tables written by earlier releases lack; they read as null.
-LATER_COLUMNS = frozenset({"session_id", "device_id", "team", "propensity"})
+LATER_COLUMNS = frozenset({"session_id", "device_id", "team", "propensity", "context"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
