@@ -102,7 +102,7 @@ def test_every_returned_impression_is_logged_with_arms_version_and_served_featur
     assert record["timestamp"] == 892209600_000000 and record["request_id"] == answer["request_id"]
     assert record["features_request"] == {"user_age": 1, "user_last_movies": []}
     assert record["features_candidates"] == {"movie_mean": [4.0, 3.0]}
-    assert record["arms"] == answer["experiments"]
+    assert record["arms"] == [{**arm, "propensity": None} for arm in answer["experiments"]]
 
 
 def test_an_exposure_is_logged_once_per_unit_experiment_arm_and_configuration(world: Any) -> None:
