@@ -1,7 +1,8 @@
 """Arms that stay: the first arm of each unit of a sticky experiment, in a table, with a bounded memory before it.
 
 Reading a unit for the first time in a process costs one query; writing is left to a thread, because until the row is
-there every process computes the same arm anyway. Rows are only ever added: the first writer wins.
+there every process computes the same arm anyway. Rows are only ever added: the first writer wins. A database that
+hangs costs one request its patience; then nobody asks it for a while, and the hashed arms serve.
 """
 
 from __future__ import annotations
@@ -9,8 +10,12 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
 from datetime import UTC, datetime
 from typing import Any
 
@@ -23,13 +28,21 @@ from plait.errors import StoreError
 logger = logging.getLogger("experiments")
 Key = tuple[str, str, str]
 _MAX_KNOWN, _MAX_QUEUED, _BATCH = 100_000, 10_000, 500
+_PAUSE_S = 5.0  # after a read that hung
 
 
 class StickyStore:
-    """Sticky arms in a database. `dropped` counts rows that found the queue full; their next use tries again."""
+    """Sticky arms in a database. `dropped` counts rows that found the queue full; their next use tries again.
 
-    def __init__(self, engine: sa.Engine) -> None:
-        self._engine = engine
+    patience_s: how long `get` waits for the database.
+    """
+
+    def __init__(
+        self, engine: sa.Engine, *, patience_s: float = 1.0, monotonic: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._engine, self._patience_s, self._monotonic = engine, patience_s, monotonic
+        self._ask_again = -1.0
+        self._readers: ThreadPoolExecutor | None = None
         self._known: OrderedDict[Key, str] = OrderedDict()
         self._lock = threading.Lock()
         self._queue: queue.Queue[tuple[Key, str] | threading.Event] = queue.Queue(_MAX_QUEUED)
@@ -46,14 +59,31 @@ class StickyStore:
                 self._known.move_to_end(key)
                 return arm
         try:
-            self._create()
-            with self._engine.connect() as db:
-                arm = db.execute(sa.select(sticky_arms.c.arm).where(_is(key))).scalar()
+            arm = self._read_in_time(key)
         except sa.exc.SQLAlchemyError as error:
             raise StoreError(f"sticky arms do not answer: {str(error).splitlines()[0]}") from error
         if arm is not None:
             self._remember(key, arm)
         return arm
+
+    def _read_in_time(self, key: Key) -> str | None:
+        if (wait_s := self._ask_again - self._monotonic()) > 0:
+            raise StoreError(f"sticky arms do not answer: the database hung; asked again in {wait_s:.0f} s")
+        if self._readers is None:
+            with self._lock:
+                self._readers = self._readers or ThreadPoolExecutor(4, thread_name_prefix="plait-sticky-read")
+        reading = self._readers.submit(self._read, key)
+        try:
+            return reading.result(timeout=self._patience_s)
+        except FutureTimeout:
+            reading.cancel()
+            self._ask_again = self._monotonic() + _PAUSE_S
+            raise StoreError(f"sticky arms do not answer: the database took over {self._patience_s:g} s") from None
+
+    def _read(self, key: Key) -> str | None:
+        self._create()
+        with self._engine.connect() as db:
+            return db.execute(sa.select(sticky_arms.c.arm).where(_is(key))).scalar()
 
     def keep(self, experiment: str, unit_kind: str, unit: str, arm: str) -> None:
         """Store the unit's arm soon; without effect if it has one already."""

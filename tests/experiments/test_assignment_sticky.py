@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from experiments.live import LiveConfig
 from experiments.snapshot import Snapshot
+from experiments.sticky import StickyStore
 from experiments.store import ConfigStore
 from plait.errors import StoreError
 from plait.settings import Home
@@ -114,6 +116,32 @@ def test_a_database_that_is_gone_gives_the_hashed_arm_and_a_reason(home):
     assignment = Snapshot.of(document(50), sticky=sticky).assign({"user": "u1"})
     assert assignment.values["p"] == Snapshot.of(document(50)).assign({"user": "u1"}).values["p"]
     assert [error.code for error in assignment.errors] == ["sticky_unavailable"]
+
+
+def test_a_database_that_hangs_is_waited_for_once_and_then_left_alone_for_a_while(home, monkeypatch):
+    now, released, asked = [0.0], threading.Event(), []
+    sticky = StickyStore(ConfigStore.at(home).engine, patience_s=0.05, monotonic=lambda: now[0])
+    sticky.keep("e", "user", "u1", "a")
+    sticky.flush()
+    sticky = StickyStore(ConfigStore.at(home).engine, patience_s=0.05, monotonic=lambda: now[0])
+    read = StickyStore._read
+
+    def hang(self, key):
+        asked.append(key)
+        released.wait()
+        return read(self, key)
+
+    monkeypatch.setattr(StickyStore, "_read", hang)
+    snapshot = Snapshot.of(document(50), sticky=sticky)
+    for _ in range(20):
+        assignment = snapshot.assign({"user": "u1"})
+        assert assignment.values["p"] == Snapshot.of(document(50)).assign({"user": "u1"}).values["p"]
+        assert [error.code for error in assignment.errors] == ["sticky_unavailable"]
+    assert len(asked) == 1
+    released.set()
+    sticky._patience_s = 60
+    now[0] += 10
+    assert sticky.get("e", "user", "u1") == "a"
 
 
 def test_what_could_not_be_stored_is_tried_again_at_the_next_use(home):
