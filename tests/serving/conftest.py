@@ -261,10 +261,13 @@ def shared_world() -> Iterator[World]:
 
 
 @contextmanager
-def make_world(metrics_folder: Path | None = None, *, snapshot: Any = None, log: Any = None) -> Iterator[World]:
-    """snapshot, log: real ones instead of fakes."""
+def make_world(
+    metrics_folder: Path | None = None, *, snapshot: Any = None, log: Any = None, experiments: Any = None
+) -> Iterator[World]:
+    """snapshot or experiments (a live configuration), log: real ones instead of fakes."""
     registry, reader, metrics = FakeRegistry(), FakeReader(), Metrics(metrics_folder)
     snapshot, log = snapshot or FakeSnapshot(), log or FakeLog()
+    experiments = experiments or SimpleNamespace(snapshot=snapshot)
     scorers: dict[str, FakeScorer] = {}
 
     def load(version: FakeVersion) -> ServingModel:
@@ -283,7 +286,7 @@ def make_world(metrics_folder: Path | None = None, *, snapshot: Any = None, log:
     pool = ModelPool(registry, load, lambda: ["deepfm", "lightgbm"], metrics)
     pool.refresh()
     clock = FakeClock()
-    predictor = Predictor(pool, SimpleNamespace(snapshot=snapshot), log, clock, metrics)
+    predictor = Predictor(pool, experiments, log, clock, metrics)
     scene = Scene(
         name="home",
         default_model="deepfm",
@@ -295,7 +298,7 @@ def make_world(metrics_folder: Path | None = None, *, snapshot: Any = None, log:
         scenes={"home": scene},
         pool=pool,
         registry=registry,
-        experiments=SimpleNamespace(snapshot=snapshot),
+        experiments=experiments,
         log=log,
         clock=clock,
         metrics=metrics,
