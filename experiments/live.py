@@ -101,6 +101,7 @@ class LiveConfig:
                 if str(error) != self.error:  # once, not every second
                     logger.error("experiments: version %s goes on serving: %s", self.snapshot.version, error)
                 self.error = str(error)
+                self._store.engine.dispose()  # an open connection would hold on to a file that was replaced
                 return False
             self.error = None
             self.snapshot = self.policies.poll(self.snapshot)

@@ -229,3 +229,16 @@ def test_polling_an_unchanged_store_changes_nothing(home):
         assert live.poll() is True
     assert live.snapshot is snapshot
     assert (live.counts.unchanged, live.counts.adopted, live.counts.failed) == (3, 1, 0)
+
+
+def test_a_database_that_was_replaced_by_another_file_is_followed_after_a_failure(home, tmp_path):
+    """An open connection goes on reading the file it has; after a failure none is kept."""
+    store = ConfigStore.at(home)
+    store.apply(document(), author="anna")
+    home.plait_db.rename(tmp_path / "good.db")
+    live = live_at(home)  # makes an empty file
+    live._key = (1, "gone")
+    assert not live.poll()
+    (tmp_path / "good.db").rename(home.plait_db)
+    assert live.poll()
+    assert (live.snapshot.version, live.source) == (1, "store")
