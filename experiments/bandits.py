@@ -1,13 +1,11 @@
-"""Bandits as a source of parameter values: Thompson sampling and LinUCB, with the propensity of every choice.
+"""What bandits know: Thompson sampling and LinUCB as frozen sufficient statistics; `update` returns new ones.
 
-A policy is a frozen set of sufficient statistics; `update` returns a new one, so that servers swap it like any other
-configuration and a choice can be explained later. Every choice carries the probability with which it was made, which
-must be logged: off-policy evaluation (offpolicy.py) divides by it.
+Learning (learn.py) makes policies of them that servers draw from (policy.py). To simulate without a server, `choose`
+draws here; every choice carries the probability with which it was made, which off-policy evaluation divides by.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from experiments.policy import with_floor
 from experiments.stats.bayes import beta_posterior, compare_posteriors
 from experiments.stats.moments import FloatArray
 from plait.errors import SpecError
@@ -34,11 +33,7 @@ def explore(best: Mapping[str, float], floor: float) -> dict[str, float]:
     >>> explore({"a": 1.0, "b": 0.0}, 0.1)
     {'a': 0.9, 'b': 0.1}
     """
-    k = len(best)
-    if not 0 <= floor <= 1 / k:
-        raise SpecError(f"an exploration floor of {floor} for {k} arms is impossible; at most {1 / k:.4g}")
-    total = sum(best.values())
-    return {arm: floor + (1 - k * floor) * p / total for arm, p in best.items()}
+    return dict(zip(best, with_floor(list(best.values()), floor), strict=True))
 
 
 def draw(probabilities: Mapping[str, float], rng: np.random.Generator) -> Choice:
@@ -158,17 +153,26 @@ class LinearBandit:
         best = {arm: float(wins[i]) for i, arm in enumerate(self.arms)}
         return draw(explore(best, min(self.floor, 1 / len(self.arms))), rng)
 
-    def update(self, arms: Sequence[str], contexts: npt.ArrayLike, rewards: npt.ArrayLike) -> LinearBandit:
-        """With a batch of outcomes added: contexts of shape (n, d), rewards of shape (n,)."""
+    def update(
+        self,
+        arms: Sequence[str],
+        contexts: npt.ArrayLike,
+        rewards: npt.ArrayLike,
+        *,
+        weights: npt.ArrayLike | None = None,
+    ) -> LinearBandit:
+        """With a batch of outcomes added: contexts of shape (n, d), rewards and weights (default 1) of shape (n,)."""
         x, y = np.atleast_2d(np.asarray(contexts, dtype=np.float64)), np.asarray(rewards, dtype=np.float64)
-        if not (np.isfinite(x).all() and np.isfinite(y).all()):
-            raise SpecError("contexts and rewards of a bandit are finite numbers")
+        w = np.ones_like(y) if weights is None else np.asarray(weights, dtype=np.float64)
+        if not (np.isfinite(x).all() and np.isfinite(y).all() and np.isfinite(w).all()):
+            raise SpecError("contexts, rewards and weights of a bandit are finite numbers")
         precision, moment = self.precision.copy(), self.moment.copy()
         names = np.asarray(arms)
         for i, arm in enumerate(self.arms):
             mine = names == arm
-            precision[i] += x[mine].T @ x[mine]
-            moment[i] += y[mine] @ x[mine]
+            weighted = w[mine, None] * x[mine]
+            precision[i] += x[mine].T @ weighted
+            moment[i] += y[mine] @ weighted
         if unknown := sorted(set(names.tolist()) - set(self.arms)):
             raise SpecError(f"no arm {unknown[0]!r} in this bandit; it has {', '.join(self.arms)}")
         return replace(self, precision=precision, moment=moment)
@@ -180,32 +184,3 @@ class LinearBandit:
                 f"a context of shape {x.shape}, or not finite; this bandit takes {self.moment.shape[1]} numbers"
             )
         return x
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BanditParameter:
-    """A bandit as the source of one parameter: arms name the values, `resolve` gives value and propensity."""
-
-    parameter: str
-    values: Mapping[str, Any]  # arm -> value of the parameter
-    policy: ThompsonSampling | LinearBandit
-
-    def __post_init__(self) -> None:
-        arms = set(self.policy.arms if isinstance(self.policy, LinearBandit) else self.policy.trials)
-        if arms != set(self.values):
-            raise SpecError(
-                f"{self.parameter}: the bandit has arms {sorted(arms)}, values are given for {sorted(self.values)}"
-            )
-
-    def resolve(self, *, seed: int, context: npt.ArrayLike | None = None) -> tuple[Any, Choice]:
-        """The value for one request. `seed` (a hash of the request id) makes it repeatable; log the choice."""
-        rng = np.random.default_rng(seed)
-        if isinstance(self.policy, LinearBandit):
-            if context is None:
-                raise SpecError(f"{self.parameter}: a contextual bandit needs a context")
-            choice = self.policy.choose(context, rng)
-        else:
-            choice = self.policy.choose(rng)
-        if not (choice.propensity > 0 and math.isfinite(choice.propensity)):
-            raise SpecError(f"{self.parameter}: a propensity of {choice.propensity} cannot be logged")
-        return self.values[choice.arm], choice

@@ -1,10 +1,11 @@
-"""`plait experiments`: the configuration's life from the command line. `report` and `power` are elsewhere."""
+"""`plait experiments`: the configuration's life from the command line. `report`, `power` and `learn` are elsewhere."""
 
 from __future__ import annotations
 
 import getpass
 import json
 from datetime import datetime
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,20 +19,23 @@ if TYPE_CHECKING:
     from experiments.source import Source
     from experiments.store import ConfigStore, ConfigVersion
 
-_LATE = {"report": "The verdict on an experiment.", "power": "How many units an effect needs."}
+_LATE = {
+    "report": ("report_commands", "report"),
+    "power": ("report_commands", "power"),
+    "learn": ("learn_commands", "learn_command"),
+}
 
 
 class _Experiments(click.Group):
-    """`report` and `power` bring scipy and matplotlib: they are imported only when asked for."""
+    """Some commands bring scipy and matplotlib: they are imported only when asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [*super().list_commands(ctx), *_LATE]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name in _LATE:
-            from experiments import report_commands
-
-            return getattr(report_commands, cmd_name)  # type: ignore[no-any-return]
+            module, name = _LATE[cmd_name]
+            return getattr(import_module(f"experiments.{module}"), name)  # type: ignore[no-any-return]
         return super().get_command(ctx, cmd_name)
 
 
@@ -99,7 +103,7 @@ def apply(folder: Path | None, author: str | None, note: str, no_models: bool, e
             f"these files; take it over (`plait experiments show`), or overwrite it with --expect {head.version}"
         )
     expected = expect if expect is not None else (head.version if head else 0)
-    made = store.apply(source, author=_name(author), expected=expected, models=models, note=note, origin="apply")
+    made = store.apply(source, author=author_name(author), expected=expected, models=models, note=note, origin="apply")
     if head is not None and made.version == head.version:
         click.echo(f"version {head.version} already says this; nothing to do")
         return
@@ -114,7 +118,7 @@ def apply(folder: Path | None, author: str | None, note: str, no_models: bool, e
 def rollback(version: int, author: str | None, note: str, no_models: bool) -> None:
     """Make VERSION's configuration live again, as a new version."""
     home = find_home()
-    _report(_store(home).rollback(version, author=_name(author), models=_models(home, no_models), note=note))
+    _report(_store(home).rollback(version, author=author_name(author), models=_models(home, no_models), note=note))
 
 
 @experiments.command()
@@ -128,7 +132,7 @@ def kill(experiment: str | None, everything: bool, author: str | None, note: str
     """Stop EXPERIMENT (and what requires it) at once; its units fall back to the defaults within two seconds."""
     if (experiment is None) != everything:
         raise click.UsageError("name one experiment, or give --all")
-    _report(_store(find_home()).kill(experiment, author=_name(author), note=note))
+    _report(_store(find_home()).kill(experiment, author=author_name(author), note=note))
 
 
 @experiments.command("list")
@@ -284,7 +288,8 @@ def _models(home: Home, unchecked: bool) -> set[str] | None:
     return names
 
 
-def _name(author: str | None) -> str:
+def author_name(author: str | None) -> str:
+    """`author`, else the login name. SpecError if there is none."""
     if author:
         return author
     try:

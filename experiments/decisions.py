@@ -1,0 +1,101 @@
+"""A bandit's decisions from the event log: which arm, with which chance, in which context, and what it earned.
+
+One row per request and unit, the first if a request was logged twice. A decision earns 1 if an event of the bandit's
+reward type names its request, else 0.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import duckdb
+
+from experiments.report_events import define_view, micros, quote, readable
+from experiments.spec import Experiment
+
+_FORGOTTEN = 30
+"""Half-lives after which a decision, then weighing a billionth, is not read any more."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecisionCounts:
+    """Decisions, and exposures of the experiment that are none: of testers, of a fixed split, unusable."""
+
+    decisions: int
+    newest_us: int | None  # microseconds since 1970
+    forced: int
+    fixed_split: int
+    unusable: int  # an arm that is not configured, or a propensity that is not within (0, 1]
+
+
+@contextmanager
+def decision_tables(
+    events: Path, experiment: Experiment, until: datetime, *, memory: str = "1000MB", threads: int = 2
+) -> Iterator[tuple[duckdb.DuckDBPyConnection, DecisionCounts]]:
+    """A connection with the table `decisions`: unit, arm, propensity, context, ts (us), reward DOUBLE, weight DECIMAL.
+
+    weight: by half-life, against the newest decision; of a bandit by unit, all of a unit's decisions on one arm count
+    together as its newest one. Sums of weights are exact, so that the order of rows does not matter.
+    until: aware; decisions up to `wait` before it count, and what was earned before it.
+    Raises DataError for event tables that cannot be read.
+    """
+    with tempfile.TemporaryDirectory(prefix="plait-decisions-") as scratch, duckdb.connect() as db:
+        db.execute(f"SET memory_limit = '{memory}'; SET threads = {threads}; SET preserve_insertion_order = false")
+        db.execute(f"SET TimeZone = 'UTC'; SET temp_directory = {quote(scratch)}")
+        with readable(events):
+            for table in ("exposures", "feedback"):
+                define_view(db, events, table)
+            yield db, _build(db, experiment, until)
+
+
+def _build(db: duckdb.DuckDBPyConnection, experiment: Experiment, until: datetime) -> DecisionCounts:
+    bandit = experiment.bandit
+    assert bandit is not None, "only bandits decide"
+    last, half_life_us = micros(until - bandit.wait), 0
+    window = f"experiment = {quote(experiment.name)} AND timestamp <= make_timestamptz({last})"
+    if bandit.half_life is not None:
+        half_life_us = bandit.half_life // timedelta(microseconds=1)
+        window += f" AND timestamp > make_timestamptz({last - _FORGOTTEN * half_life_us})"
+    arms = ", ".join(quote(arm.name) for arm in experiment.arms)
+    usable = f"arm IN ({arms}) AND propensity > 0 AND propensity <= 1 AND unit IS NOT NULL AND request_id IS NOT NULL"
+    drawn = "NOT coalesce(forced, false) AND propensity IS NOT NULL"
+    counted = db.execute(f"""
+        SELECT count(*) FILTER (coalesce(forced, false)),
+               count(*) FILTER (NOT coalesce(forced, false) AND propensity IS NULL),
+               count(*) FILTER ({drawn} AND NOT coalesce({usable}, false))
+        FROM exposures WHERE {window}""").fetchone()
+    db.execute(f"""
+        CREATE TEMP TABLE chosen AS
+        WITH first AS (
+            SELECT request_id, unit,
+                   arg_min({{'arm': arm, 'propensity': propensity, 'context': context, 'ts': epoch_us(timestamp)}},
+                           (timestamp, arm, propensity)) AS f
+            FROM exposures WHERE {window} AND {drawn} AND {usable} GROUP BY 1, 2),
+        paid AS (
+            SELECT DISTINCT request_id FROM feedback
+            WHERE type = {quote(bandit.reward)} AND request_id IS NOT NULL
+              AND timestamp < make_timestamptz({micros(until)}))
+        SELECT unit, f.arm AS arm, f.propensity AS propensity, f.context AS context, f.ts AS ts,
+               (paid.request_id IS NOT NULL)::DOUBLE AS reward
+        FROM first LEFT JOIN paid USING (request_id)""")
+    row = db.execute("SELECT count(*), max(ts) FROM chosen").fetchone()
+    assert row is not None and counted is not None
+    n, newest = row
+    age = f"0.5 ** (({newest or 0} - ts) / {half_life_us}::DOUBLE)" if half_life_us else "1"
+    together = "PARTITION BY unit, arm"
+    weight = (
+        "aged"
+        if bandit.by_request
+        else f"aged::DOUBLE * (max(aged) OVER ({together}))::DOUBLE / (sum(aged) OVER ({together}))::DOUBLE"
+    )
+    db.execute(f"""
+        CREATE TEMP TABLE decisions AS
+        SELECT * EXCLUDE aged, ({weight})::DECIMAL(18, 12) AS weight
+        FROM (SELECT *, ({age})::DECIMAL(18, 12) AS aged FROM chosen)""")
+    db.execute("DROP TABLE chosen")
+    return DecisionCounts(decisions=n, newest_us=newest, forced=counted[0], fixed_split=counted[1], unusable=counted[2])
