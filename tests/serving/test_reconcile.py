@@ -8,17 +8,22 @@ import signal
 import threading
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import duckdb
 import numpy as np
+import pyarrow as pa
 import pytest
 import requests
 
+from experiments.metrics import parse_metrics
+from experiments.report import build_report
 from plait.eventlog import EventLog, log_folder, roll
 from plait.settings import Home
-from tests.serving.conftest import make_world
+from tests.serving.conftest import NOW, make_world
 from tests.serving.test_launcher import fake_server
 from tests.serving.test_units import arms, configuration
 
@@ -181,3 +186,40 @@ def test_two_workers_a_full_queue_and_a_restart_add_up(tmp_path: Path, find_port
     assert len(not_logged) == totals["requests_dropped"] > 0
     for row in exposures:
         assert answered[row["request_id"]][row["experiment"]] == row["arm"]
+
+
+def test_a_triggered_report_of_what_the_server_marked_has_the_whole_effect(tmp_path: Path) -> None:
+    """From requests to report: a tenth of the users has seen some candidates, and only they can be affected.
+
+    Whoever gets no seen movie clicks once more; everybody clicks once anyway. Over all users that is an effect of 0.1,
+    among those for whom the arms differ it is 1.
+    """
+    with real_log(tmp_path) as (home, log), make_world(snapshot=configuration(), log=log) as world:
+        read = world.reader.read
+
+        def with_history(request: Any, candidates: Any, **rest: Any) -> Any:
+            rows = read(request, candidates, **rest)
+            seen = pa.array([[2, 3] if request["user_id"] % 10 == 0 else []], pa.list_(pa.int64()))
+            return replace(rows, request=rows.request.set_column(1, "user_last_movies", seen))
+
+        world.reader.read = with_history
+        events = []
+        for user in range(1000, 1400):
+            answer = world.predict(entities={"user_id": user}, candidate_ids=[1, 2, 3, 4])
+            request_id = answer.get_json()["request_id"]
+            n_clicks = 1 + (user % 10 == 0 and arms(answer)["seen"] == "true")
+            click = {"type": "click", "user_id": user, "request_id": request_id}
+            events += [{**click, "event_id": f"{user}-{i}"} for i in range(n_clicks)]
+        assert world.client.post("/v1/events", json={"events": events}).status_code == 202
+    roll(home)
+    clicks = parse_metrics(
+        {"metrics": [{"name": "clicks", "type": "count", "event": "click", "role": "primary", "cuped": False}]}
+    )
+    effects = {}
+    for triggered in (False, True):
+        result = build_report(home, "seen", metrics=clicks, until=NOW + timedelta(days=1), triggered=triggered)
+        effects[triggered] = result.metrics[0].comparisons[0].absolute
+        assert sum(result.counts.units.values()) == (40 if triggered else 400)
+        assert min(result.counts.units.values()) > (10 if triggered else 150)
+    assert effects[True].estimate == 1.0
+    assert effects[False].estimate == pytest.approx(0.1, abs=0.05)
