@@ -11,6 +11,7 @@ from plait.errors import RequestError
 from serving.jsonio import json_response
 from serving.parts import ClockLike, Experiments, Registry
 from serving.pool import ModelPool
+from serving.queries import MAX_ID_CHARS
 from serving.scenes import Scene
 
 
@@ -30,11 +31,14 @@ def install_info(
 
     @app.get("/v1/assignments")
     def assignments() -> Response:
-        unit = request.args.get("unit", "")
-        if not unit or len(unit) > 200:
-            raise RequestError(422, "Invalid request", "ask with ?unit=ID, a user id of 1 to 200 characters")
+        given = {"user": "unit", "session": "session_id", "device": "device_id", "request": "request_id"}
+        units = {kind: request.args[name] for kind, name in given.items() if name in request.args}
+        for kind, unit in {"user": "", **units}.items():
+            if not 0 < len(unit) <= MAX_ID_CHARS:
+                detail = f"ask with ?{given[kind]}=ID, a {kind} id of 1 to {MAX_ID_CHARS} characters"
+                raise RequestError(422, "Invalid request", detail)
         scene = request.args.get("scene") or next(iter(scenes))
-        return json_response(describe_assignment(experiments, unit, scene, clock))
+        return json_response(describe_assignment(experiments, units, scene, clock))
 
 
 def registered_models(registry: Registry) -> list[dict[str, Any]]:
@@ -54,11 +58,14 @@ def registered_models(registry: Registry) -> list[dict[str, Any]]:
     return found
 
 
-def describe_assignment(experiments: Experiments, unit: str, scene: str, clock: ClockLike) -> dict[str, Any]:
-    """What a user would be served, layer by layer with the reason. Nothing is recorded as an exposure."""
-    explanation = experiments.snapshot.explain({"user": unit}, {"scene": scene}, clock.now())
+def describe_assignment(
+    experiments: Experiments, units: Mapping[str, str], scene: str, clock: ClockLike
+) -> dict[str, Any]:
+    """What these units would be served, layer by layer with the reason. Nothing is recorded as an exposure."""
+    explanation = experiments.snapshot.explain(units, {"scene": scene}, clock.now())
     return {
-        "unit": unit,
+        "unit": units["user"],
+        "units": dict(units),
         "config_version": explanation.version,
         "layers": [
             {

@@ -71,7 +71,10 @@ def _info_paths() -> Schema:
                 "The arms and parameter values of a user",
                 {"200": _ok("Arms and parameters", "AssignmentResponse"), **_problems(422)},
                 parameters=[
-                    _query("unit", "The unit's id: a user id", required=True),
+                    _query("unit", "The user's id", required=True),
+                    _query("session_id", "The session, for layers by session", required=False),
+                    _query("device_id", "The device, for layers by device", required=False),
+                    _query("request_id", "The request, for layers by request", required=False),
                     _query("scene", "The scene to ask for; default: the first", required=False),
                 ],
                 tags=["state"],
@@ -292,6 +295,7 @@ def _schemas() -> Schema:
         ),
         "AssignmentResponse": _closed(
             unit=string,
+            units={"type": "object", "additionalProperties": string},
             config_version=integer,
             layers={
                 "type": "array",

@@ -74,6 +74,23 @@ def test_without_the_id_the_default_serves_and_nothing_is_exposed(kind: str) -> 
         assert world.metric("plait_unit_missing_total", unit_kind="user") == 0
 
 
+@pytest.mark.parametrize(
+    ("kind", "field"), [("session", "session_id"), ("device", "device_id"), ("request", "request_id")]
+)
+def test_assignments_are_explained_by_every_unit_that_is_given(kind: str, field: str) -> None:
+    snapshot = configuration(kind)
+    with make_world(snapshot=snapshot) as world:
+        alone = world.client.get("/v1/assignments?unit=1").get_json()
+        (layer,) = [layer for layer in alone["layers"] if layer["layer"] == "rank"]
+        assert (layer["arm"], layer["unit_kind"]) == (None, kind) and kind in layer["why"]
+        answer = world.client.get(f"/v1/assignments?unit=1&{field}=x-7").get_json()
+        assert answer["units"] == {"user": "1", kind: "x-7"}
+        assert answer["parameters"] == snapshot.assign({"user": "1", kind: "x-7"}, {}, NOW).values
+        refused = world.client.get(f"/v1/assignments?unit=1&{field}=")
+        assert refused.status_code == 422 and f"?{field}=ID" in refused.get_json()["detail"]
+        assert world.log.records["exposure"] == []
+
+
 @pytest.mark.parametrize("field", ["session_id", "device_id"])
 @pytest.mark.parametrize("value", ["", "x" * 201, "x" * 10_000, 7, True, ["a"], {"a": 1}])
 def test_ids_that_cannot_be_are_refused_with_what_may(field: str, value: Any) -> None:
