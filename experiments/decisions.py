@@ -35,13 +35,19 @@ class DecisionCounts:
 
 @contextmanager
 def decision_tables(
-    events: Path, experiment: Experiment, until: datetime, *, memory: str = "1000MB", threads: int = 2
+    events: Path,
+    experiment: Experiment,
+    until: datetime,
+    *,
+    since: datetime | None = None,
+    memory: str = "1000MB",
+    threads: int = 2,
 ) -> Iterator[tuple[duckdb.DuckDBPyConnection, DecisionCounts]]:
     """A connection with the table `decisions`: unit, arm, propensity, context, ts (us), reward DOUBLE, weight DECIMAL.
 
     weight: by half-life, against the newest decision; of a bandit by unit, all of a unit's decisions on one arm count
     together as its newest one. Sums of weights are exact, so that the order of rows does not matter.
-    until: aware; decisions up to `wait` before it count, and what was earned before it.
+    since, until: aware; decisions from `since` on, up to `wait` before `until`, and what was earned before `until`.
     Raises DataError for event tables that cannot be read.
     """
     with tempfile.TemporaryDirectory(prefix="plait-decisions-") as scratch, duckdb.connect() as db:
@@ -50,14 +56,18 @@ def decision_tables(
         with readable(events):
             for table in ("exposures", "feedback"):
                 define_view(db, events, table)
-            yield db, _build(db, experiment, until)
+            yield db, _build(db, experiment, since, until)
 
 
-def _build(db: duckdb.DuckDBPyConnection, experiment: Experiment, until: datetime) -> DecisionCounts:
+def _build(
+    db: duckdb.DuckDBPyConnection, experiment: Experiment, since: datetime | None, until: datetime
+) -> DecisionCounts:
     bandit = experiment.bandit
     assert bandit is not None, "only bandits decide"
     last, half_life_us = micros(until - bandit.wait), 0
     window = f"experiment = {quote(experiment.name)} AND timestamp <= make_timestamptz({last})"
+    if since is not None:
+        window += f" AND timestamp >= make_timestamptz({micros(since)})"
     if bandit.half_life is not None:
         half_life_us = bandit.half_life // timedelta(microseconds=1)
         window += f" AND timestamp > make_timestamptz({last - _FORGOTTEN * half_life_us})"

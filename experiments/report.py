@@ -67,6 +67,11 @@ def build_report(
     if since is not None and since >= until:
         raise SpecError(f"since ({since.isoformat()}) lies before until ({until.isoformat()})")
     plan = with_overrides(plan or find_plan(home, experiment), control=control, weights=weights)
+    if plan.bandit:
+        raise SpecError(
+            f"{experiment} is a bandit: its shares move, so it cannot be judged as a fixed split; "
+            f"`plait experiments report {experiment}` reports on it as what it is"
+        )
     metrics = chosen_metrics(metrics, plan)
     with open_events(home.events, engine=engine, memory=memory, threads=threads) as events:
         tables = UnitTables(events, plan, since=since, until=until, triggered=triggered)

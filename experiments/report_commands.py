@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 import orjson
 
 from plait.errors import SpecError
+
+if TYPE_CHECKING:
+    from experiments.spec import Experiment
+    from plait.settings import Home
 
 
 @click.command()
@@ -62,12 +66,13 @@ def report(
     """The verdict on EXPERIMENT: sample ratio, effects with intervals, guard-rails, and what to do.
 
     Reads the exposures and feedback of the event log. Looking every day is fine with the default decision rule.
+    Of a bandit: what each arm would earn alone, by its logged propensities, and what learning cost.
     """
     from dataclasses import replace
 
     from experiments.metrics import Decision
     from experiments.report import build_report
-    from experiments.report_source import project_metrics
+    from experiments.report_source import find_bandit, project_metrics
     from plait.clock import Clock
     from plait.eventlog import roll
     from plait.files import write_atomically
@@ -76,34 +81,62 @@ def report(
     home = find_home()
     roll(home)
     now = Clock.of(home).now()
-    metrics = project_metrics(home, metrics_file)
-    if decision:
-        metrics = replace(metrics, analysis=replace(metrics.analysis, decision=cast(Decision, decision)))
-    result = build_report(
-        home,
-        experiment,
-        metrics=metrics,
-        since=moment(since, now),
-        until=moment(until, now),
-        control=control,
-        weights=parse_weights(weights),
-        triggered=triggered,
-        despite_mismatch=despite_mismatch,
-        aa=aa,
-        engine=engine,
-    )
-    text = render(result, form)
+    bandit = find_bandit(home, experiment)
+    if bandit is not None:
+        options = {
+            "--metrics": metrics_file, "--decision": decision, "--control": control, "--weights": weights,
+            "--triggered": triggered, "--despite-mismatch": despite_mismatch, "--aa": aa,
+            "--engine": None if engine == "duckdb" else engine,
+        }  # fmt: skip
+        if meant_for_splits := [name for name, value in options.items() if value]:
+            raise SpecError(f"{experiment} is a bandit, no fixed split: leave out {', '.join(meant_for_splits)}")
+        headline, text = bandit_report(home, *bandit, moment(since, now), moment(until, now), form)
+    else:
+        metrics = project_metrics(home, metrics_file)
+        if decision:
+            metrics = replace(metrics, analysis=replace(metrics.analysis, decision=cast(Decision, decision)))
+        result = build_report(
+            home,
+            experiment,
+            metrics=metrics,
+            since=moment(since, now),
+            until=moment(until, now),
+            control=control,
+            weights=parse_weights(weights),
+            triggered=triggered,
+            despite_mismatch=despite_mismatch,
+            aa=aa,
+            engine=engine,
+        )
+        headline, text = result.conclusion.headline, render(result, form)
     if out is None:
         click.echo(text, nl=not text.endswith("\n"))
     else:
         write_atomically(out, text.encode())
-        click.echo(f"{result.conclusion.headline} Report: {out}")
+        click.echo(f"{headline} Report: {out}")
+
+
+def bandit_report(
+    home: Home, experiment: Experiment, policy: int | None, since: datetime | None, until: datetime | None, form: str
+) -> tuple[str, str]:
+    """Headline and text of a bandit's report in one of the three forms."""
+    from experiments import bandit_text
+    from experiments.bandit_report import build_bandit_report
+
+    result = build_bandit_report(home, experiment, since=since, until=until, policy=policy)
+    if form == "json":
+        return result.headline, as_json(result)
+    return result.headline, bandit_text.as_html(result) if form == "html" else bandit_text.as_text(result)
+
+
+def as_json(result: Any) -> str:
+    return orjson.dumps(result.to_dict(), option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY).decode() + "\n"
 
 
 def render(result: Any, form: str) -> str:
     """The report in one of the three forms."""
     if form == "json":
-        return orjson.dumps(result.to_dict(), option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY).decode() + "\n"
+        return as_json(result)
     if form == "html":
         from experiments.report_html import as_html
 

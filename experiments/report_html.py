@@ -13,26 +13,35 @@ from experiments.report_plots import forest, series_plot, traffic_plot
 from experiments.report_text import interval_text, number_text, rule_text
 
 
-def as_html(report: Report) -> str:
-    """The page: conclusion, checks, all effects at a glance, then metric by metric. Names are escaped, SVG is ours."""
-    environment = Environment(
+def environment() -> Environment:
+    """Where the templates of reports are found; everything is escaped."""
+    found = Environment(
         loader=FileSystemLoader(Path(__file__).with_name("templates")),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(lift=lift_text, p=p_text, number=number_text)
-    return environment.get_template("report.html").render(
-        report=report,
-        rule=rule_text(report.analysis),
-        total=sum(report.counts.units.values()),
-        interval=interval_text,
-        forest=Markup(forest(report)),
-        traffic=Markup(traffic_plot(report)),
-        series={
-            (result.metric.name, comparison.arm): Markup(series_plot(result, comparison.arm))
-            for result in report.metrics
-            for comparison in result.comparisons
-        },
+    found.filters.update(lift=lift_text, p=p_text, number=number_text)
+    return found
+
+
+def as_html(report: Report) -> str:
+    """The page: conclusion, checks, all effects at a glance, then metric by metric. Names are escaped, SVG is ours."""
+    return (
+        environment()
+        .get_template("report.html")
+        .render(
+            report=report,
+            rule=rule_text(report.analysis),
+            total=sum(report.counts.units.values()),
+            interval=interval_text,
+            forest=Markup(forest(report)),
+            traffic=Markup(traffic_plot(report)),
+            series={
+                (result.metric.name, comparison.arm): Markup(series_plot(result, comparison.arm))
+                for result in report.metrics
+                for comparison in result.comparisons
+            },
+        )
     )

@@ -147,7 +147,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: times as ISO 8601, what is not a number as null."""
-        answer = _plain(self)
+        answer = plain(self)
         assert isinstance(answer, dict)
         answer["plan"]["control"] = self.plan.control
         answer["sample_ratio"]["mismatch"] = self.sample_ratio.mismatch
@@ -156,13 +156,14 @@ class Report:
         return answer
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Dataclasses as mappings, times as ISO 8601, what is not a number as None."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {("default" if key is None else str(key)): _plain(item) for key, item in value.items()}
+        return {("default" if key is None else str(key)): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, datetime):
         return value.isoformat()
     if hasattr(value, "total_seconds"):

@@ -28,6 +28,7 @@ class Plan:
     metrics: tuple[str, ...] = ()
     primary: str | None = None
     guardrails: tuple[str, ...] = ()
+    bandit: bool = False
     notes: tuple[str, ...] = field(default=())
 
     def __post_init__(self) -> None:

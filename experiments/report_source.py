@@ -9,6 +9,7 @@ import duckdb
 from experiments.metrics import DEFAULT_METRICS, MetricSet, load_metrics
 from experiments.report_events import define_view, quote, readable
 from experiments.report_plan import Plan, plan_from_log
+from experiments.spec import Experiment
 from plait.errors import SpecError, UnknownNameError
 from plait.settings import Home
 
@@ -90,7 +91,29 @@ def _declared(home: Home, experiment: str, versions: list[int]) -> Plan | None:
         metrics=newest.metrics,
         primary=newest.primary,
         guardrails=newest.guardrails,
+        bandit=newest.bandit is not None,
     )
+
+
+def find_bandit(home: Home, experiment: str) -> tuple[Experiment, int | None] | None:
+    """The bandit of that name in the live configuration and its policy's version; None if it is no bandit."""
+    from experiments.policy_store import PolicyStore
+    from experiments.source import Source
+    from experiments.store import ConfigStore
+    from experiments.validate import load
+
+    if not home.plait_db.exists():
+        return None
+    store = ConfigStore.at(home)
+    try:
+        head = store.head()
+        found = load(Source(dict(head.document))).experiments.get(experiment) if head else None
+        if found is None or found.bandit is None:
+            return None
+        live = PolicyStore(store.engine).keys([experiment])
+        return found, live[0][1] if live else None
+    finally:
+        store.close()
 
 
 def _declared_names(home: Home) -> set[str]:

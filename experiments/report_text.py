@@ -21,10 +21,10 @@ def as_text(report: Report) -> str:
         f"{_when(report)}; {sum(report.counts.units.values()):,} units, {report.counts.n_exposures:,} exposures",
         "",
         f"=> {conclusion.headline}",
-        *_bullets(conclusion.reasons),
+        *bullets(conclusion.reasons),
         "",
         "Sample ratio",
-        *_table(
+        *text_table(
             ["arm", "units", "planned", "share"],
             [
                 [
@@ -41,7 +41,7 @@ def as_text(report: Report) -> str:
         + ("MISMATCH, the verdict is blocked" if report.sample_ratio.mismatch else "as planned"),
     ]
     if report.warnings:
-        lines += ["", "Warnings", *_bullets(report.warnings)]
+        lines += ["", "Warnings", *bullets(report.warnings)]
     if report.metrics:
         lines += ["", f"Decided by: {rule_text(report.analysis)}; alpha {report.analysis.alpha:g}"]
     for name, check in (report.aa or {}).items():
@@ -76,7 +76,7 @@ def _metric(result: MetricResult, report: Report) -> list[str]:
                 "" if comparison.probability_best is None else f"{comparison.probability_best:.1%}",
             ]
         )
-    lines += _table(
+    lines += text_table(
         ["arm", "units", "value", "effect", "fixed interval", "deciding interval", "p corrected", "P(best)"], rows
     )
     for comparison in result.comparisons:
@@ -144,7 +144,8 @@ def _share(part: int, total: int) -> str:
     return f"{part / total:.2%}" if total else "-"
 
 
-def _bullets(texts: Iterable[str]) -> list[str]:
+def bullets(texts: Iterable[str]) -> list[str]:
+    """Each text as a point, wrapped."""
     return [
         line
         for text in texts
@@ -152,7 +153,8 @@ def _bullets(texts: Iterable[str]) -> list[str]:
     ]
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Aligned lines: the first column to the left, numbers to the right."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     return [
         "  "
