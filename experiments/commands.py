@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 from datetime import datetime
 from importlib import import_module
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from plait.errors import SpecError
-from plait.settings import Home, find_home
+from plait.settings import Home, author_name, find_home
 
 if TYPE_CHECKING:
     from experiments.problems import Problem
@@ -48,7 +47,7 @@ def experiments() -> None:
 
 
 _folder = click.argument("folder", type=click.Path(path_type=Path, file_okay=True), required=False)
-_author = click.option("--author", envvar="PLAIT_AUTHOR", help="Who makes the change (default: the login name).")
+_author = click.option("--author", help="Who makes the change (default: PLAIT_AUTHOR, else the login name).")
 _note = click.option("--note", default="", help="Why, for the history.")
 _no_models = click.option("--no-models", is_flag=True, help="Do not check model names against the registry.")
 
@@ -277,25 +276,11 @@ def _models(home: Home, unchecked: bool) -> set[str] | None:
         return None
     from plait.models import ModelRegistry
 
-    registry = ModelRegistry(home)
-    names: set[str] = set()
-    for name in registry.names():
-        for model in registry.versions(name):
-            names |= {name, f"{name}:{model.version}", *(f"{name}@{alias}" for alias in model.aliases)}
+    names = ModelRegistry(home).references()
     if not names:
         click.echo("warning: no model is registered yet, so model names were not checked", err=True)
         return None
     return names
-
-
-def author_name(author: str | None) -> str:
-    """`author`, else the login name. SpecError if there is none."""
-    if author:
-        return author
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError) as error:
-        raise SpecError("this login has no name; say who you are with --author") from error
 
 
 def _pair(text: str) -> tuple[str, Any]:

@@ -22,16 +22,16 @@ from plait.settings import Home, find_home
 @click.option("--follow", is_flag=True, help="Go on, again every --every, until interrupted.")
 @click.option("--every", default="30s", show_default=True, help="With --follow: a span such as 30s or 5m.")
 @click.option("--dry-run", is_flag=True, help="Show what would be learned; write nothing.")
-@click.option("--author", envvar="PLAIT_AUTHOR", help="Who learns (default: the login name).")
+@click.option("--author", help="Who learns (default: PLAIT_AUTHOR, else the login name).")
 def learn_command(experiment: str | None, follow: bool, every: str, dry_run: bool, author: str | None) -> None:
     """Update the policy of EXPERIMENT (default: of every running bandit) from what its arms earned.
 
     Each run computes the policies anew from the whole log, so running it twice, or again after a crash, counts
     nothing twice. Servers follow within two seconds.
     """
-    from experiments.commands import author_name
     from experiments.metrics import duration
     from experiments.store import ConfigStore
+    from plait.settings import author_name
 
     home = find_home()
     every_s = duration(every, "--every").total_seconds()

@@ -10,12 +10,13 @@ import hashlib
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
 
-from experiments.tables import metadata, policy_versions
+from experiments.tables import SCHEMA, policy_versions
+from plait.database import first_line, in_utc, prepare
 from plait.errors import StoreError
 
 KEPT = 1_000
@@ -104,13 +105,13 @@ class PolicyStore:
 
     def _connection(self) -> sa.Connection:
         if not self._made:
-            metadata.create_all(self._engine)
+            prepare(self._engine, SCHEMA)
             self._made = True
         return self._engine.connect()
 
 
 def _unreachable(error: Exception) -> StoreError:
-    return StoreError(f"the store of policies does not answer ({str(error).splitlines()[0]})")
+    return StoreError(f"the store of policies does not answer ({first_line(error)})")
 
 
 def _version(row: Any) -> PolicyVersion:
@@ -123,7 +124,7 @@ def _version(row: Any) -> PolicyVersion:
     return PolicyVersion(
         experiment=row.experiment,
         version=row.version,
-        created=row.created if row.created.tzinfo else row.created.replace(tzinfo=UTC),
+        created=in_utc(row.created),
         author=row.author,
         document=document,
     )

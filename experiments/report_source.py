@@ -10,6 +10,7 @@ from experiments.metrics import DEFAULT_METRICS, MetricSet, load_metrics
 from experiments.report_events import define_view, quote, readable
 from experiments.report_plan import Plan, plan_from_log
 from experiments.spec import Experiment
+from plait.database import has_database
 from plait.errors import SpecError, UnknownNameError
 from plait.settings import Home
 
@@ -56,7 +57,7 @@ def _declared(home: Home, experiment: str, versions: list[int]) -> Plan | None:
     from experiments.store import ConfigStore
     from experiments.validate import load
 
-    if not home.plait_db.exists():
+    if not has_database(home):
         return None
     store = ConfigStore.at(home)
     try:
@@ -119,7 +120,7 @@ def find_bandit(home: Home, experiment: str) -> tuple[Experiment, int | None] | 
 def _declared_names(home: Home) -> set[str]:
     from experiments.store import ConfigStore
 
-    if not home.plait_db.exists():
+    if not has_database(home):
         return set()
     store = ConfigStore.at(home)
     try:

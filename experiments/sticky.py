@@ -22,7 +22,8 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-from experiments.tables import metadata, sticky_arms
+from experiments.tables import SCHEMA, sticky_arms
+from plait.database import first_line, prepare
 from plait.errors import StoreError
 
 logger = logging.getLogger("experiments")
@@ -61,7 +62,7 @@ class StickyStore:
         try:
             arm = self._read_in_time(key)
         except sa.exc.SQLAlchemyError as error:
-            raise StoreError(f"sticky arms do not answer: {str(error).splitlines()[0]}") from error
+            raise StoreError(f"sticky arms do not answer: {first_line(error)}") from error
         if arm is not None:
             self._remember(key, arm)
         return arm
@@ -125,7 +126,7 @@ class StickyStore:
 
     def _create(self) -> None:
         if not self._made:
-            metadata.create_all(self._engine)
+            prepare(self._engine, SCHEMA)
             self._made = True
 
     def store(self, rows: list[tuple[Key, str]]) -> None:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -23,8 +22,9 @@ from experiments.live import LiveConfig
 from experiments.snapshot import Snapshot
 from experiments.source import Source
 from experiments.sticky import StickyStore
-from experiments.tables import config_versions, metadata
+from experiments.tables import SCHEMA, config_versions
 from experiments.validate import load
+from plait.database import database_url, in_utc, open_database, prepare, unreachable
 from plait.errors import SpecError, StoreError, UnknownNameError
 from plait.settings import Home
 
@@ -56,14 +56,13 @@ class ConfigStore:
 
     def __init__(self, url: str, *, home: Home | None = None, now: Callable[[], datetime] | None = None) -> None:
         self.home, self._now = home, now or (lambda: datetime.now(UTC))
-        patience = {"timeout": 10} if url.startswith("sqlite") else {}
-        self.engine = sa.create_engine(url, connect_args=patience)
+        self.engine = open_database(home, url)
         self._ready = False
 
     @classmethod
     def at(cls, home: Home, url: str | None = None) -> ConfigStore:
-        """The store of a home: its plait.db, or the database `url`."""
-        return cls(url or f"sqlite:///{home.plait_db}", home=home)
+        """The store of a home: in its plait.db, in PLAIT_DATABASE_URL, or in the database `url`."""
+        return cls(url or database_url(home), home=home)
 
     def head(self) -> ConfigVersion | None:
         """The live version; None if there is none yet. StoreError if the database does not answer."""
@@ -198,10 +197,7 @@ class ConfigStore:
 
     def _connection(self) -> sa.Connection:
         if not self._ready:
-            if self.engine.url.database and self.engine.url.get_backend_name() == "sqlite" and self.home:
-                with suppress(OSError):
-                    self.home.root.mkdir(parents=True, exist_ok=True)
-            metadata.create_all(self.engine)
+            prepare(self.engine, SCHEMA)
             self._ready = True
         return self.engine.connect()
 
@@ -219,7 +215,7 @@ def _who(version: ConfigVersion | None) -> str:
 
 
 def _unreachable(error: Exception) -> StoreError:
-    return StoreError(f"the experiment store does not answer ({str(error).splitlines()[0]}); nothing was changed")
+    return unreachable("the experiment store", error)
 
 
 def _version(row: Any, *, damaged_ok: bool = False) -> ConfigVersion:
@@ -234,10 +230,9 @@ def _version(row: Any, *, damaged_ok: bool = False) -> ConfigVersion:
                 "apply a good one, or `plait experiments rollback VERSION`"
             ) from error
         document = {}
-    created = row.created if row.created.tzinfo else row.created.replace(tzinfo=UTC)
     return ConfigVersion(
         version=row.version,
-        created=created,
+        created=in_utc(row.created),
         author=row.author,
         origin=row.origin,
         note=row.note,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
+from plait.database import Schema
+
 metadata = sa.MetaData()
 
 config_versions = sa.Table(
@@ -39,3 +41,6 @@ sticky_arms = sa.Table(
     sa.Column("arm", sa.String(100), nullable=False),
     sa.Column("created", sa.DateTime(timezone=True), nullable=False),
 )
+
+# A table added here needs no new version; a change of one that is there does, with the statements that make it.
+SCHEMA = Schema(part="experiments", version=1, metadata=metadata)

@@ -26,6 +26,7 @@ _SUMMARIES = {
     "serve": "Serve predictions over HTTP.",
     "simulate": "Send held-out users to a running server and post their feedback.",
     "experiments": "Layered experiments: validate, diff, apply, rollback, list, explain, report, power.",
+    "keys": "API keys of the server: create, list, revoke.",
     "audit": "Rebuild logged live features offline and report which differ, and why.",
     "clock": "Print the home's present time (it replays when the data is historical).",
     "demo": "The whole loop on MovieLens-100K: data to a served, re-trained model.",

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 
 from plait.clock import Clock
+from plait.database import Schema, in_utc, open_database, prepare, unreachable
 from plait.errors import RegistryError, SpecError, did_you_mean
 from plait.files import fsync_folder
 from plait.settings import Home
@@ -42,6 +44,13 @@ _alias_moves = sa.Table(
     sa.Column("version", sa.Integer, nullable=False),
     sa.Column("moved", sa.DateTime(timezone=True), nullable=False),
     sa.Column("undone", sa.Boolean, nullable=False, default=False),
+    sa.Column("author", sa.String(200)),
+)
+SCHEMA = Schema(
+    part="models",
+    version=2,
+    metadata=_metadata,
+    upgrades={1: ("ALTER TABLE model_alias_moves ADD COLUMN author VARCHAR(200)",)},
 )
 
 
@@ -64,15 +73,30 @@ class ModelVersion:
         return f"{self.name}:{self.version}"
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AliasMove:
+    """One move of an alias. author: who promoted, or None where nobody said; undone: a rollback took it back."""
+
+    alias: str
+    version: str
+    moved: datetime
+    author: str | None
+    undone: bool
+
+
 class ModelRegistry:
-    """The registry of one home. `url`: an SQLAlchemy URL; default SQLite in the home's plait.db."""
+    """The registry of one home, reached on first use; its artifacts lie in the home.
+
+    url: an SQLAlchemy URL; default PLAIT_DATABASE_URL, else SQLite in the home's plait.db. Every method raises
+    StoreError if the database does not answer.
+    """
 
     def __init__(self, home: Home, url: str | None = None) -> None:
         home.create()
         self.home = home
         self._clock = Clock.of(home)
-        self._engine = sa.create_engine(url or f"sqlite:///{home.plait_db}", connect_args=_patience(url))
-        _metadata.create_all(self._engine)
+        self._engine = open_database(home, url)
+        self._ready = False
 
     def register(self, name: str, staged: Path, *, alias: str | None = CHAMPION) -> ModelVersion:
         """Take the artifact folder `staged` over as the next version of `name`; it moves, nothing is copied.
@@ -92,7 +116,7 @@ class ModelRegistry:
         target = folder / str(version)
         staged.rename(target)
         fsync_folder(folder)
-        with self._engine.begin() as db:
+        with self._begin() as db:
             db.execute(
                 _versions.insert().values(name=name, version=version, created=self._clock.now(), manifest=manifest)
             )
@@ -103,8 +127,11 @@ class ModelRegistry:
     def _claim(self, folder: Path) -> int:
         """The next free version, claimed by making its (empty) folder, which two processes cannot both do."""
         while True:
-            taken = [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
-            version = max(taken, default=0) + 1
+            with self._begin() as db:  # a restored database may know more than the folder
+                known = sa.select(sa.func.max(_versions.c.version)).where(_versions.c.name == folder.name)
+                taken = [db.execute(known).scalar() or 0]
+            taken += [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
+            version = max(taken) + 1
             try:
                 (folder / str(version)).mkdir()
             except FileExistsError:
@@ -112,12 +139,20 @@ class ModelRegistry:
             return version
 
     def names(self) -> list[str]:
-        with self._engine.connect() as db:
+        with self._begin() as db:
             return sorted(db.execute(sa.select(_versions.c.name).distinct()).scalars())
+
+    def references(self) -> set[str]:
+        """Everything that names a registered model: NAME, NAME:VERSION and NAME@ALIAS."""
+        found: set[str] = set()
+        for name in self.names():
+            for model in self.versions(name):
+                found |= {name, f"{name}:{model.version}", *(f"{name}@{alias}" for alias in model.aliases)}
+        return found
 
     def versions(self, name: str) -> list[ModelVersion]:
         """All versions of `name`, oldest first. RegistryError, with a suggestion, if there is none."""
-        with self._engine.connect() as db:
+        with self._begin() as db:
             rows = db.execute(sa.select(_versions).where(_versions.c.name == name).order_by(_versions.c.version)).all()
             aliases = self._aliases(db, name)
         if not rows:
@@ -127,7 +162,7 @@ class ModelRegistry:
                 name=name,
                 version=str(row.version),
                 path=self.home.models / name / str(row.version),
-                created=row.created.replace(tzinfo=UTC),
+                created=in_utc(row.created),
                 manifest=json.loads(row.manifest),
                 aliases=tuple(sorted(alias for alias, version in aliases.items() if version == row.version)),
             )
@@ -154,17 +189,34 @@ class ModelRegistry:
         known = sorted({known for model in models for known in model.aliases})
         raise RegistryError(f"no alias {alias!r} of model {name!r}; {did_you_mean(alias, known)}")
 
-    def promote(self, name: str, version: str, alias: str = CHAMPION) -> ModelVersion:
+    def moves(self, name: str) -> list[AliasMove]:
+        """How the aliases of `name` moved, newest first."""
+        with self._begin() as db:
+            rows = db.execute(
+                sa.select(_alias_moves).where(_alias_moves.c.name == name).order_by(_alias_moves.c.id.desc())
+            ).all()
+        return [
+            AliasMove(
+                alias=row.alias,
+                version=str(row.version),
+                moved=in_utc(row.moved),
+                author=row.author,
+                undone=row.undone,
+            )
+            for row in rows
+        ]
+
+    def promote(self, name: str, version: str, alias: str = CHAMPION, *, author: str | None = None) -> ModelVersion:
         """Point `alias` at a version; servers that follow the alias pick it up within seconds."""
         model = self.get(name, version)
         if not _NAME.fullmatch(alias):
             raise SpecError(f"{alias!r} cannot be an alias; use letters, digits, '.', '_' and '-'")
         if alias in model.aliases:
             return model
-        with self._engine.begin() as db:
+        with self._begin() as db:
             db.execute(
                 _alias_moves.insert().values(
-                    name=name, alias=alias, version=int(version), moved=self._clock.now(), undone=False
+                    name=name, alias=alias, version=int(version), moved=self._clock.now(), undone=False, author=author
                 )
             )
         return self.get(name, version)
@@ -172,7 +224,7 @@ class ModelRegistry:
     def rollback(self, name: str, alias: str = CHAMPION) -> ModelVersion:
         """Point `alias` at what it named before. RegistryError if it never named anything else."""
         self.versions(name)  # an unknown name gets its own message
-        with self._engine.begin() as db:
+        with self._begin() as db:
             live = db.execute(
                 sa.select(_alias_moves.c.id, _alias_moves.c.version)
                 .where(_alias_moves.c.name == name, _alias_moves.c.alias == alias, ~_alias_moves.c.undone)
@@ -184,6 +236,21 @@ class ModelRegistry:
             db.execute(_alias_moves.update().where(_alias_moves.c.id == live[0].id).values(undone=True))
         return self.get(name, str(live[1].version))
 
+    def close(self) -> None:
+        self._engine.dispose()
+
+    @contextmanager
+    def _begin(self) -> Iterator[sa.Connection]:
+        """A transaction on tables that are there."""
+        try:
+            if not self._ready:
+                prepare(self._engine, SCHEMA)
+                self._ready = True
+            with self._engine.begin() as db:
+                yield db
+        except sa.exc.SQLAlchemyError as error:
+            raise unreachable("the model registry", error) from error
+
     def _aliases(self, db: sa.Connection, name: str) -> dict[str, int]:
         moves = db.execute(
             sa.select(_alias_moves.c.alias, _alias_moves.c.version)
@@ -191,8 +258,3 @@ class ModelRegistry:
             .order_by(_alias_moves.c.id)
         )
         return {move.alias: move.version for move in moves}
-
-
-def _patience(url: str | None) -> dict[str, Any]:
-    """SQLite waits for another writer instead of failing at once."""
-    return {"timeout": 30} if url is None or url.startswith("sqlite") else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,3 +68,14 @@ def find_home(start: Path | None = None) -> Home:
             root = Path(os.environ.get("PLAIT_HOME") or folder / ".plait")
             return Home(project=folder, root=root if root.is_absolute() else folder / root)
     raise SettingsError(f"no feature_store.yaml in {here} or above it; run plait from a Plait project")
+
+
+def author_name(given: str | None = None) -> str:
+    """Who makes a change: as given, else PLAIT_AUTHOR, else the login's name. SettingsError if there is none."""
+    name = (given or os.environ.get("PLAIT_AUTHOR") or "").strip()
+    if name:
+        return name
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError) as error:
+        raise SettingsError("this login has no name; say who you are with --author or PLAIT_AUTHOR") from error

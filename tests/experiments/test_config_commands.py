@@ -80,7 +80,7 @@ def test_one_file_or_another_folder_can_be_named(home, tmp_path):
 
 
 def test_model_names_are_checked_against_the_registry(home):
-    ModelRegistry(home)  # makes the tables
+    ModelRegistry(home).names()  # makes the tables
     engine = sa.create_engine(f"sqlite:///{home.plait_db}")
     with engine.begin() as db:
         for name in ("deepfm", "lightgmb"):

@@ -15,6 +15,7 @@ from experiments.diff import diff_documents
 from experiments.problems import ConfigError
 from experiments.source import read_text
 from experiments.store import ConfigStore, ConflictError
+from plait.database import database_url
 from plait.errors import SpecError, StoreError, UnknownNameError
 from plait.settings import Home
 
@@ -45,7 +46,7 @@ def home(tmp_path: Path) -> Home:
 
 
 @pytest.fixture
-def store(home: Home):
+def store(home: Home, database: str):
     store = ConfigStore.at(home)
     yield store
     store.close()
@@ -91,7 +92,7 @@ def test_a_writer_whose_base_is_old_is_told_whose_version_is_live(store):
     assert store.head().document == with_traffic(20)
 
 
-def test_of_many_writers_at_once_exactly_one_wins(home):
+def test_of_many_writers_at_once_exactly_one_wins(home, database):
     """Each thread has its own connections, as each process would; all read version 1 before any writes."""
     ConfigStore.at(home).apply(DOCUMENT, author="anna")
     barrier, results = threading.Barrier(6), []
@@ -104,7 +105,7 @@ def test_of_many_writers_at_once_exactly_one_wins(home):
             return found
 
     def write(i: int) -> None:
-        store = Slow(f"sqlite:///{home.plait_db}", home=home)
+        store = Slow.at(home)
         try:
             results.append(store.apply(with_traffic(20 + i), author=f"w{i}", expected=1).version)
         except ConflictError as error:
@@ -183,9 +184,9 @@ def test_a_good_version_can_follow_a_damaged_one(store):
     assert store.rollback(2, author="bert").version == 2
 
 
-def test_history_does_not_run_backwards_when_the_clock_does(home):
+def test_history_does_not_run_backwards_when_the_clock_does(home, database):
     times = iter([datetime(2026, 5, 1, tzinfo=UTC), datetime(2020, 1, 1, tzinfo=UTC), datetime(2026, 6, 1, tzinfo=UTC)])
-    store = ConfigStore(f"sqlite:///{home.plait_db}", home=home, now=lambda: next(times))
+    store = ConfigStore(database_url(home), home=home, now=lambda: next(times))
     versions = [store.apply(with_traffic(t), author="anna") for t in (1, 2, 3)]
     assert [v.version for v in versions] == [1, 2, 3]
     assert [v.created.year for v in versions] == [2026, 2026, 2026]

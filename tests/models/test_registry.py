@@ -12,14 +12,16 @@ from plait.settings import Home
 
 
 @pytest.fixture
-def registry(tmp_path, monkeypatch):
+def registry(tmp_path, monkeypatch, database):
     def load(folder, *, threads=1, verify=True):
         if not (folder / "model.onnx").exists():
             raise ArtifactError(f"{folder} holds no model.onnx")
 
     # What a whole artifact is, is tested in tests/artifacts; here it is a folder with a model in it.
     monkeypatch.setattr(plait.artifacts, "load_artifact", load)
-    return ModelRegistry(Home(project=tmp_path, root=tmp_path / ".plait"))
+    registry = ModelRegistry(Home(project=tmp_path, root=tmp_path / ".plait"))
+    yield registry
+    registry.close()
 
 
 @pytest.fixture

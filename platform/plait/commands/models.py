@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import click
 
 from plait.models import CHAMPION, ModelRegistry, ModelVersion
-from plait.settings import find_home
+from plait.settings import author_name, find_home
 
 
 @click.group()
@@ -34,10 +35,19 @@ def list_models(name: str | None) -> None:
 @models.command()
 @click.argument("model")
 def show(model: str) -> None:
-    """Everything that is known of MODEL, as JSON: service, features, config, data hash, metrics, library versions."""
-    found = ModelRegistry(find_home()).resolve(model)
-    record = {"name": found.name, "version": found.version, "path": str(found.path), "aliases": found.aliases}
-    click.echo(json.dumps(record | {"created": found.created.isoformat(), **found.manifest}, indent=2))
+    """Everything that is known of MODEL, as JSON: service, features, config, data hash, metrics, library versions, and
+    who moved the name's aliases when."""
+    registry = ModelRegistry(find_home())
+    found = registry.resolve(model)
+    record: dict[str, object] = {
+        "name": found.name,
+        "version": found.version,
+        "path": str(found.path),
+        "aliases": found.aliases,
+    }
+    moves = [asdict(move) | {"moved": move.moved.isoformat()} for move in registry.moves(found.name)]
+    record |= {"created": found.created.isoformat(), "alias_moves": moves}
+    click.echo(json.dumps(record | {**found.manifest}, indent=2))
 
 
 @models.command()
@@ -47,7 +57,7 @@ def promote(model: str, alias: str) -> None:
     """Point an alias at MODEL (NAME:VERSION); running servers follow within seconds."""
     registry = ModelRegistry(find_home())
     found = registry.resolve(model)
-    click.echo(_line(registry.promote(found.name, found.version, alias)))
+    click.echo(_line(registry.promote(found.name, found.version, alias, author=author_name())))
 
 
 @models.command()
