@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
@@ -14,7 +16,7 @@ from scipy.stats import chisquare
 from plait.errors import SpecError
 from plait.offline.engine import Engine
 from plait.offline.hashing import draw, with_draw
-from plait.offline.negatives import with_negatives
+from plait.offline.negatives import ALWAYS, with_negatives
 from plait.offline.spec import NegativeSpec
 
 START = datetime(2024, 5, 1, tzinfo=UTC)
@@ -58,7 +60,15 @@ def own_of(rows: list[tuple[int, int, int, int]]) -> set[tuple[int, int]]:
     return {(user, item) for _, user, item, click in rows if click}
 
 
-def sample(engine: Engine, rows: list, spec: NegativeSpec, items: range, seed: int = 3) -> pa.Table:
+def sample(
+    engine: Engine,
+    rows: list,
+    spec: NegativeSpec,
+    items: range,
+    seed: int = 3,
+    since: Callable[[int], int] = lambda item: ALWAYS,
+) -> pa.Table:
+    """since: item -> the microsecond from which it may be drawn."""
     own = own_of(rows)
     own_table = pa.table(
         {"user_id": pa.array([u for u, _ in own], pa.int64()), "item_id": pa.array([i for _, i in own], pa.int64())}
@@ -67,7 +77,14 @@ def sample(engine: Engine, rows: list, spec: NegativeSpec, items: range, seed: i
         engine,
         engine.from_arrow(table_of(rows)),
         engine.from_arrow(own_table),
-        engine.from_arrow(pa.table({"item_id": pa.array(list(items), pa.int64())})),
+        engine.from_arrow(
+            pa.table(
+                {
+                    "item_id": pa.array(list(items), pa.int64()),
+                    "since_us": pa.array([since(item) for item in items], pa.int64()),
+                }
+            )
+        ),
         spec,
         labels=("click",),
         seed=seed,
@@ -112,6 +129,71 @@ def test_no_negative_is_ever_one_of_the_users_own_positives(engine: Engine, rows
     shown = {(f"r{request}", user, item) for request, user, item, click in rows if not click}
     if kind == "hard":
         assert all((row["request_id"], row["user_id"], row["item_id"]) in shown for row in negatives)
+
+
+def naive_catalogue_draws(
+    rows: list[tuple[int, int, int, int]], spec: NegativeSpec, since: dict[int, int], seed: int
+) -> Counter[tuple[str, int, int]]:
+    """(request, user, drawn item) of every draw, by listing for each positive what it may be given."""
+    trained = Counter(item for request, _, item, click in rows if click and request % 5)
+    total = sum(count**spec.exponent for count in trained.values())
+    drawn: Counter[tuple[str, int, int]] = Counter()
+    for request, user, item, click in rows:
+        at_us = 1_000_000 * int((START + timedelta(seconds=request)).timestamp())
+        for slot in range(1, spec.per_positive + 1 if click else 1):
+            line = []
+            for other in sorted(since, key=lambda each: (since[each], each)):
+                if since[other] <= at_us and (user, other) not in own_of(rows):
+                    weight = 1
+                    if spec.kind == "popularity":
+                        weight = int(trained[other] ** spec.exponent * min(1e6, (1 << 30) / total) + 0.5)
+                    line.append((other, weight))
+            keys = [np.array([key]) for key in (user, item, at_us, slot)]
+            place = int(draw(keys, seed=seed)[0]) * sum(weight for _, weight in line) >> 32
+            for other, weight in line:
+                if 0 <= place < weight:
+                    drawn[f"r{request}", user, other] += 1
+                place -= weight
+    return drawn
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=histories,
+    kind=st.sampled_from(["uniform", "popularity"]),
+    k=st.integers(1, 3),
+    seed=st.integers(0, 5),
+    seconds=st.lists(st.none() | st.integers(-90_000, 12), min_size=8, max_size=8),
+)
+def test_draws_agree_with_a_loop_that_lists_what_existed_and_was_never_liked(
+    engine: Engine, rows, kind, k, seed, seconds
+) -> None:
+    rows = [(2, 9, 8, 1), *rows]  # something to train on
+    start_us = int(START.timestamp()) * 1_000_000
+    since = {
+        item: ALWAYS if second is None else start_us + 1_000_000 * second for item, second in enumerate(seconds, 1)
+    }
+    spec = NegativeSpec(kind=kind, per_positive=k)
+    out = sample(engine, rows, spec, range(1, 9), seed, since.__getitem__)
+    got = Counter((row["request_id"], row["user_id"], row["item_id"]) for row in out.to_pylist() if not row["click"])
+    assert got == naive_catalogue_draws(rows, spec, since, seed)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "popularity", "in_batch"])
+def test_no_item_is_drawn_before_it_existed(engine: Engine, kind: str) -> None:
+    rows = many_positives(200, 30, seed=8)
+    first = {}
+    for request, _, item, _ in rows:
+        first.setdefault(item, request)
+    start_us = int(START.timestamp()) * 1_000_000
+    since = {item: start_us + 1_000_000 * first.get(item, 10**6) for item in range(1, 31)}
+    out = sample(engine, rows, NegativeSpec(kind=kind, batch=200), range(1, 31), since=since.__getitem__)
+    negatives = [row for row in out.to_pylist() if not row["click"]]
+    assert len(negatives) > 500
+    for row in negatives:
+        assert since[row["item_id"]] <= row["timestamp"].timestamp() * 1_000_000
+    late = {item for item, request in first.items() if request > 200}
+    assert late & {row["item_id"] for row in negatives}  # and afterwards they are
 
 
 def many_positives(n: int, n_items: int, seed: int) -> list[tuple[int, int, int, int]]:

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import uuid
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import duckdb
 import ibis
 import pyarrow as pa
-import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 from plait.errors import DataError, SettingsError, StoreError, UnknownNameError
@@ -277,19 +276,61 @@ def parquet_files(source: Path | Sequence[Path]) -> list[Path]:
 def check_parquet(files: Sequence[Path]) -> None:
     """Read every part's footer. Raises DataError naming the first part that is missing or corrupt."""
     for file in files:
-        try:
+        with _readable(file):
             pq.read_metadata(file)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise DataError(
-                f"{file} is not a readable parquet file ({error}); restore it, or delete it and write that part again"
-            ) from error
 
 
-def parquet_schema(source: Path | Sequence[Path]) -> pa.Schema:
-    """The union of the parts' schemas."""
-    files = parquet_files(source)
-    check_parquet(files)
-    return pa.unify_schemas([pads.dataset(file).schema for file in files], promote_options="permissive")
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(
+            f"{file} is not a readable parquet file ({error}); restore it, or delete it and write that part again"
+        ) from error
+
+
+def check_columns(files: Sequence[Path], wanted: Mapping[str, str], *, required: Sequence[str] = ()) -> set[str]:
+    """The names that any part has; `wanted` says of which type (string, int64, int32, float64, timestamp) they must be.
+
+    Raises DataError for a part that is corrupt, lacks a required column, or holds one of another type: the part, the
+    column, the type found and the types that would do.
+    """
+    found: set[str] = set()
+    for file in files:
+        with _readable(file):
+            schema = pq.read_schema(file)
+        if missing := [name for name in required if name not in schema.names]:
+            raise DataError(f"{file} lacks {', '.join(missing)}; its columns are {', '.join(sorted(schema.names))}")
+        for name, dtype in wanted.items():
+            if name in schema.names and not _FITS[dtype][1](schema.field(name).type):
+                raise DataError(
+                    f"{file}: column {name!r} is {schema.field(name).type}, expected {_FITS[dtype][0]}; write that "
+                    "part again, or bring foreign events in with `plait data import`, which converts them"
+                )
+        found.update(schema.names)
+    return found
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _or_null(fits: Callable[[pa.DataType], bool]) -> Callable[[pa.DataType], bool]:
+    """A part in which a column is null throughout may have left its type open."""
+    return lambda kind: pa.types.is_null(kind) or fits(kind.value_type if pa.types.is_dictionary(kind) else kind)
+
+
+_FITS: dict[str, tuple[str, Callable[[pa.DataType], bool]]] = {
+    "string": ("string", _or_null(_is_text)),
+    "int64": ("int64 (or a shorter integer)", _or_null(pa.types.is_integer)),
+    "int32": ("int32 (or another integer)", _or_null(pa.types.is_integer)),
+    "float64": (
+        "double (or float, or an integer)",
+        _or_null(lambda k: pa.types.is_floating(k) or pa.types.is_integer(k)),
+    ),
+    "timestamp": ("timestamp[us, tz=UTC]", _or_null(pa.types.is_timestamp)),
+}
 
 
 def utc_schema(expr: ir.Table) -> pa.Schema:

@@ -10,7 +10,7 @@ the user, so that one sees where rows went.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,9 +22,9 @@ from plait.clock import Clock
 from plait.errors import DataError, UnknownNameError
 from plait.files import atomic_folder, write_atomically
 from plait.offline.attribution import first_of_each, label_impressions, positives_by_user
-from plait.offline.engine import Engine, open_engine, parquet_files, parquet_schema
+from plait.offline.engine import Engine, check_columns, open_engine, parquet_files, stack
 from plait.offline.filters import filter_steps
-from plait.offline.negatives import with_negatives
+from plait.offline.negatives import ALWAYS, with_negatives
 from plait.offline.parts import Part, PartWriter, content_hash
 from plait.offline.spec import SampleSpec
 from plait.offline.splits import PARTS, with_split
@@ -55,6 +55,7 @@ FEEDBACK = {
     "value": "float64",
     "created": "timestamp",
 }
+ITEMS = {"item_id": "int64", "event_timestamp": "timestamp", "created": "timestamp"}
 REQUIRED = {
     "impressions": ("request_id", "timestamp", "user_id", "item_id"),
     "feedback": ("event_id", "type", "user_id", "item_id", "timestamp"),
@@ -182,33 +183,40 @@ def sample_rows(engine: Engine, home: Home, spec: SampleSpec, *, now: datetime, 
 
 def load(engine: Engine, home: Home, kind: str, note: Callable[..., None]) -> ir.Table:
     """An event table in the columns and types the pipeline wants, complete and without duplicates."""
-    import ibis
-
     folder = home.events / kind
     if not folder.is_dir():
         raise DataError(f"no {kind} in {folder}; run `plait data prepare`, or send events to a server and roll its log")
-    found = set(parquet_schema(folder).names)
-    missing = [name for name in REQUIRED[kind] if name not in found]
-    if missing:
-        raise DataError(f"{folder} lacks {', '.join(missing)}; its columns are {', '.join(sorted(found))}")
-    raw = engine.read_parquet(folder)
-    columns = {}
-    wanted = IMPRESSIONS if kind == "impressions" else FEEDBACK
-    stamp = raw.timestamp.type()
-    for name, dtype in wanted.items():
-        kept = stamp if dtype == "timestamp" else dtype
-        columns[name] = raw[name].cast(kept) if name in found else ibis.null(kept)
-    table = raw.select(**columns)
+    table = read_events(engine, folder, IMPRESSIONS if kind == "impressions" else FEEDBACK, required=REQUIRED[kind])
     note("read", engine.count(table), kind)
     # request_id may be missing from feedback (it is joined by user and item then), never from an impression.
     needed = [table[name].notnull() for name in REQUIRED[kind]]
     complete = table.filter(*needed)
     note("complete", engine.count(complete), kind)
     keys = ("request_id", "item_id") if kind == "impressions" else ("event_id",)
-    order = tuple(name for name in ("created", "timestamp", "user_id", "item_id") if name not in keys)
+    # Down to the last column: rows that differ anywhere are told apart the same way whatever order they came in.
+    order = tuple(dict.fromkeys(name for name in ("created", "timestamp", *complete.columns) if name not in keys))
     unique = engine.keep(first_of_each(complete, keys, order).drop("created"))
     note("without duplicates", engine.count(unique), kind)
     return unique
+
+
+def read_events(engine: Engine, folder: Path, wanted: Mapping[str, str], *, required: Sequence[str]) -> ir.Table:
+    """The columns `wanted` (name -> ibis type) of an event table's parts; those that no part has are null.
+
+    Raises DataError naming the part and the column for one that is required and missing, or of another type.
+    """
+    import ibis
+
+    files = parquet_files(folder)
+    found = check_columns(files, wanted, required=required)
+    raw = engine.read_parquet(files)
+    # Whether timestamps have a zone depends on the engine; literals and differences take the type that is there.
+    stamp = next((raw[name].type() for name in wanted if wanted[name] == "timestamp" and name in found), "timestamp")
+    columns = {}
+    for name, dtype in wanted.items():
+        kept = stamp if dtype == "timestamp" else dtype
+        columns[name] = raw[name].cast(kept) if name in found else ibis.null(kept)
+    return raw.select(**columns)
 
 
 def steps_hint(spec: SampleSpec) -> str:
@@ -217,16 +225,22 @@ def steps_hint(spec: SampleSpec) -> str:
 
 
 def _items(engine: Engine, home: Home, impressions: ir.Table) -> ir.Table:
-    """What may be drawn as a negative: the items table if there is one, and all that was ever shown."""
+    """What may be drawn as a negative: the items table if there is one, and all that was ever shown.
+
+    `since_us` is the first sign of life: the earliest of its rows' event_timestamp and created in the items table and
+    of its impressions. An items table loaded today says little of when its items came, and their impressions do.
+    """
     import ibis
 
-    shown = impressions.select("item_id").distinct()
+    seen = impressions.select("item_id", since_us=engine.micros(impressions.timestamp))
     folder = home.events / "items"
-    if not folder.is_dir():
-        return shown
-    known = engine.read_parquet(parquet_files(folder), ["item_id"])
-    known = known.filter(known.item_id.notnull()).select(item_id=known.item_id.cast("int64"))
-    return ibis.union(shown, known, distinct=True)
+    if any(folder.glob("**/*.parquet")):
+        known = read_events(engine, folder, ITEMS, required=("item_id",))
+        known = known.filter(known.item_id.notnull())
+        for name in ("event_timestamp", "created"):
+            seen = stack(seen, known.select("item_id", since_us=engine.micros(known[name])))
+    first = seen.group_by("item_id").aggregate(since_us=seen.since_us.min())
+    return engine.keep(first.mutate(since_us=ibis.coalesce(first.since_us, ibis.literal(ALWAYS, type="int64"))))
 
 
 def _refuse_unknown_types(feedback: ir.Table, spec: SampleSpec) -> None:
