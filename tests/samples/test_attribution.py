@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from plait.errors import SpecError, UnknownNameError
-from plait.offline.attribution import attribute, first_of_each, label_impressions, positives_by_user
+from plait.offline.attribution import attribute, fates, first_of_each, label_impressions, positives_by_user
 from plait.offline.engine import Engine
 from plait.offline.spec import AttributionSpec, LabelSpec, SampleSpec, parse_label
 
@@ -164,6 +164,36 @@ def test_labels_agree_with_a_loop_over_the_pairs(engine: Engine, shown, told, at
     got = {(row["request_id"], row["item_id"]): [row[label.name] for label in LABELS] for row in table.to_pylist()}
     assert got == expected
     assert table.num_rows == shown_rows.num_rows
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(shown=impressions, told=feedback, attribution=specs)
+def test_where_feedback_went_agrees_with_a_loop(engine: Engine, shown, told, attribution) -> None:
+    spec = SampleSpec(labels=LABELS[2:], attribution=attribution)  # windows of two lengths
+    shown_rows, told_rows = shown_table(shown), told_table(told)
+    expected = {}
+    anywhere = AttributionSpec(join=attribution.join, touch="any", window=timedelta(days=9), skew=timedelta(days=9))
+    seen = {(row["request_id"], row["item_id"]): row["timestamp"] for row in shown_rows.to_pylist()}
+    for event in told_rows.to_pylist():
+        windows = [spec.window(label) for label in spec.labels if event["type"] in label.types]
+        if not windows:
+            continue
+        of_event = [seen[request, item] for request, item, _ in naive_pairs(shown_rows.to_pylist(), [event], anywhere)]
+        behind = [event["timestamp"] - moment for moment in of_event]
+        if any(-attribution.skew <= gap <= window for gap in behind for window in windows):
+            fate = "credited"
+        elif any(gap > window for gap in behind for window in windows):
+            fate = "late"
+        else:
+            fate = "early" if behind else "none"
+        expected[event["event_id"]] = fate
+    out = engine.to_arrow(fates(engine.from_arrow(shown_rows), engine.from_arrow(told_rows), spec)).to_pylist()
+    got = {}
+    for row in out:
+        named = [name for name in ("credited", "late", "early") if row[name]]
+        assert len(named) < 2
+        got[row["event_id"]] = (named or ["none"])[0]
+    assert got == expected
 
 
 def test_feedback_that_names_a_known_impression_is_not_given_to_another(engine: Engine) -> None:

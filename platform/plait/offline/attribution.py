@@ -37,22 +37,7 @@ def attribute(impressions: ir.Table, feedback: ir.Table, spec: AttributionSpec, 
     """
     import ibis
 
-    shown = impressions.select("request_id", "item_id", "user_id", shown_at="timestamp")
-    told = feedback.rename(feedback_request="request_id", feedback_user="user_id", feedback_item="item_id")
-    told = told.select("event_id", "type", "value", "feedback_request", "feedback_user", "feedback_item", "timestamp")
-
-    by_request = told.inner_join(
-        shown, [told.feedback_request == shown.request_id, told.feedback_item == shown.item_id]
-    )
-    by_user = told.inner_join(shown, [told.feedback_user == shown.user_id, told.feedback_item == shown.item_id])
-    if spec.join == "request":
-        pairs = by_request
-    elif spec.join == "user_item":
-        pairs = by_user
-    else:
-        # Feedback that names an impression we have belongs to that one alone, even if it comes too late for it.
-        named = by_request.select("event_id").distinct()
-        pairs = ibis.union(by_request, by_user.anti_join(named, "event_id"))
+    pairs = _candidates(impressions, feedback, spec)
     # Strictly smaller steps would lose feedback at the impression's own instant (a rating is both at once).
     pairs = pairs.filter(
         pairs.timestamp >= pairs.shown_at - _interval(spec.skew),
@@ -63,6 +48,59 @@ def attribute(impressions: ir.Table, feedback: ir.Table, spec: AttributionSpec, 
         pairs = pairs.mutate(rank_of_touch=ibis.row_number().over(order))
         pairs = pairs.filter(pairs.rank_of_touch == 0)
     return pairs.select("request_id", "item_id", "event_id", "type", "value")
+
+
+def _candidates(impressions: ir.Table, feedback: ir.Table, spec: AttributionSpec) -> ir.Table:
+    """Every pair of a feedback and an impression it may follow from, at whatever distance in time."""
+    import ibis
+
+    shown = impressions.select("request_id", "item_id", "user_id", shown_at="timestamp")
+    told = feedback.rename(feedback_request="request_id", feedback_user="user_id", feedback_item="item_id")
+    told = told.select("event_id", "type", "value", "feedback_request", "feedback_user", "feedback_item", "timestamp")
+
+    by_request = told.inner_join(
+        shown, [told.feedback_request == shown.request_id, told.feedback_item == shown.item_id]
+    )
+    by_user = told.inner_join(shown, [told.feedback_user == shown.user_id, told.feedback_item == shown.item_id])
+    if spec.join == "request":
+        return by_request
+    if spec.join == "user_item":
+        return by_user
+    # Feedback that names an impression we have belongs to that one alone, even if it comes too late for it.
+    named = by_request.select("event_id").distinct()
+    return ibis.union(by_request, by_user.anti_join(named, "event_id"))
+
+
+def fates(impressions: ir.Table, feedback: ir.Table, spec: SampleSpec) -> ir.Table:
+    """For each feedback of a label's type: event_id and whether it was `credited`, or came too `late` or too `early`.
+
+    int8, 0 or 1, at most one of them 1; all 0 where there is no impression it could belong to.
+    """
+    import ibis
+
+    one, zero = (ibis.literal(value, type="int8") for value in (1, 0))
+    found = []
+    for window in sorted({spec.window(label) for label in spec.labels}):
+        types = {kind for label in spec.labels if spec.window(label) == window for kind in label.types}
+        told = feedback.filter(feedback.type.isin(sorted(types)))
+        pairs = _candidates(impressions, told, spec.attribution)
+        early = pairs.timestamp < pairs.shown_at - _interval(spec.attribution.skew)
+        late = pairs.timestamp > pairs.shown_at + _interval(window)
+        pairs = pairs.select(
+            "event_id", credited=ibis.ifelse(early | late, zero, one), late=ibis.ifelse(late, one, zero), matched=one
+        )
+        alone = told.select("event_id", credited=zero, late=zero, matched=zero)
+        found.append(ibis.union(alone, pairs))
+    table = ibis.union(*found) if len(found) > 1 else found[0]
+    each = table.group_by("event_id").aggregate(
+        credited=table.credited.max(), late=table.late.max(), matched=table.matched.max()
+    )
+    return each.select(
+        "event_id",
+        "credited",
+        late=ibis.ifelse(each.credited == 1, zero, each.late),
+        early=ibis.ifelse((each.credited == 1) | (each.late == 1), zero, each.matched),
+    )
 
 
 def label_values(pairs: ir.Table, label: LabelSpec) -> ir.Table:

@@ -206,17 +206,24 @@ def _duckdb(folder: Path, memory: str, threads: int | None) -> Iterator[Engine]:
     config: dict[str, Any] = {"memory_limit": memory, "temp_directory": str(folder / "spill")}
     if threads:
         config["threads"] = threads
-    connection = ibis.duckdb.connect(folder / "engine.duckdb", **config)
-    engine = Engine(name="duckdb", connection=connection, scratch=folder)
+    engine = None
     try:
+        connection = ibis.duckdb.connect(folder / "engine.duckdb", **config)
+        engine = Engine(name="duckdb", connection=connection, scratch=folder)
         yield engine
     except duckdb.OutOfMemoryException as error:
         raise StoreError(f"DuckDB ran out of its {memory}: {error}; give more with --memory or PLAIT_MEMORY") from error
+    except duckdb.IOException as error:
+        raise StoreError(
+            f"DuckDB cannot read its input or spill into {folder}: {error}; if the disk is full, make room there or "
+            "let TMPDIR name a larger disk"
+        ) from error
     except duckdb.Error as error:
         raise DataError(f"DuckDB cannot compute this: {error}") from error
     finally:
-        engine.release()
-        connection.disconnect()
+        if engine is not None:
+            engine.release()
+            engine.connection.disconnect()
 
 
 def _spark(folder: Path, memory: str, threads: int | None) -> Iterator[Engine]:

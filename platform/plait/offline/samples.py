@@ -21,7 +21,7 @@ import pyarrow as pa
 from plait.clock import Clock
 from plait.errors import DataError, UnknownNameError
 from plait.files import atomic_folder, write_atomically
-from plait.offline.attribution import first_of_each, label_impressions, positives_by_user
+from plait.offline.attribution import fates, first_of_each, label_impressions, positives_by_user
 from plait.offline.engine import Engine, check_columns, open_engine, parquet_files, stack
 from plait.offline.filters import filter_steps
 from plait.offline.negatives import ALWAYS, with_negatives
@@ -150,6 +150,7 @@ def sample_rows(engine: Engine, home: Home, spec: SampleSpec, *, now: datetime, 
     labelled = engine.keep(label_impressions(impressions, feedback, spec))
     credited = ", ".join(f"{_ones(labelled, label.name)} {label.name}" for label in spec.labels)
     note(f"joined to feedback: {credited}", engine.count(labelled))
+    _tell_fates(fates(impressions, feedback, spec), note)
     table = labelled
     for what, filtered in filter_steps(labelled, spec.filters, spec.label):
         table = engine.keep(filtered)
@@ -179,6 +180,25 @@ def sample_rows(engine: Engine, home: Home, spec: SampleSpec, *, now: datetime, 
     table = with_weights(engine, table, spec.weights, spec.label)
     _refuse_one_class(table, spec)
     return table
+
+
+def _tell_fates(told: ir.Table, note: Callable[..., None]) -> None:
+    """Where the feedback of the labels went."""
+    sums = told.aggregate(n=told.count(), **{name: told[name].cast("int64").sum() for name in _FATES}).execute()
+    n, *counts = (int(sums[name][0]) if sums[name][0] == sums[name][0] else 0 for name in ("n", *_FATES))
+    note("of a label's type", n, "feedback")
+    for what, rows in zip(_FATES.values(), counts, strict=True):
+        if rows or what == _FATES["credited"]:
+            note(what, rows, "feedback")
+    if rest := n - sum(counts):
+        note("left out: of no impression that we have", rest, "feedback")
+
+
+_FATES = {
+    "credited": "credited to an impression",
+    "late": "left out: after the attribution window",
+    "early": "left out: before its impression, by more than the skew",
+}
 
 
 def load(engine: Engine, home: Home, kind: str, note: Callable[..., None]) -> ir.Table:
