@@ -16,6 +16,8 @@ BAD_PREDICT = [
     ({"entities": ...}, 422, "entities must be a JSON object"),
     ({"entities": {}}, 422, "user_id"),
     ({"entities": {"user_id": "42"}}, 422, "whole number, not '42'"),
+    ({"entities": {"user_id": None}}, 422, "whole number, not null"),
+    ({"entities": {"user_id": "4" * 10_000}}, 422, "whole number, not '444"),
     ({"entities": {"user_id": 4.2}}, 422, "4.2"),
     ({"entities": {"user_id": True}}, 422, "true"),
     ({"entities": {"user_id": 2**64}}, 422, "user_id"),
