@@ -294,13 +294,17 @@ def segment_tables(tables: UnitTables, events: Path, attributes: Sequence[str]) 
 
 
 def other_experiments(tables: UnitTables) -> list[tuple[str, str, str]]:
-    """Make other_N(key, label) per experiment of another layer and the same unit kind: (table, experiment, layer)."""
+    """Make other_N(key, label) per experiment of another layer and the same unit kind: (table, experiment, layer).
+
+    Bandits are left out: they move units between arms, so that those seen in one arm only are no random part.
+    """
     plan = tables.plan
     key = "TRY_CAST(unit AS BIGINT)" if plan.unit_kind == "user" else "unit"
     others = tables.db.execute(f"""
-        SELECT DISTINCT experiment, layer FROM exposures
+        SELECT experiment, layer FROM exposures
         WHERE unit_kind = {quote(plan.unit_kind)} AND layer <> {quote(plan.layer)}
-          AND experiment <> {quote(plan.experiment)} ORDER BY 1""").fetchall()
+          AND experiment <> {quote(plan.experiment)}
+        GROUP BY 1, 2 HAVING count(propensity) = 0 ORDER BY 1""").fetchall()
     made = []
     for i, (experiment, layer) in enumerate(others):
         tables.events.keep(

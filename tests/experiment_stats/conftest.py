@@ -45,6 +45,7 @@ class Log:
         config_version: int = 1,
         forced: bool = False,
         counterfactual: bool = False,
+        propensity: float | None = None,
         request_ids: Sequence[str] | None = None,
     ) -> Log:
         n = len(units)
@@ -59,6 +60,7 @@ class Log:
             "config_version": [config_version] * n,
             "forced": [forced] * n,
             "counterfactual": [counterfactual] * n,
+            "propensity": [propensity] * n,
         }
         return self._write("exposures", table, EXPOSURES)
 

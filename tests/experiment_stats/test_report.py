@@ -433,6 +433,7 @@ def test_an_interaction_with_another_layer_is_found_and_absence_is_not(log):
     log.exposures(users, np.where(new, "new", "control"))
     log.exposures(users, np.where(other, "on", "off"), experiment="clash", layer="recall")
     log.exposures(users, np.where(rng.random(n) < 0.5, "on", "off"), experiment="quiet", layer="ui")
+    log.exposures(users, np.where(other, "on", "off"), experiment="bandit", layer="third", propensity=0.5)
     clicks = rng.poisson(4 + 1.0 * (new & other))
     log.feedback(np.repeat(users, clicks), 5.0)
     found = {
@@ -441,6 +442,7 @@ def test_an_interaction_with_another_layer_is_found_and_absence_is_not(log):
     }
     assert found["clash"].p_adjusted < 1e-6
     assert found["quiet"].p_adjusted > 0.01
+    assert "bandit" not in found  # it moves units between its arms
 
 
 def test_segments_split_by_user_attributes_and_correct_for_their_number(log):

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from contextlib import closing
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
+from experiments.learn_commands import run_once
+from experiments.live import LiveConfig
+from experiments.policy_store import PolicyStore
 from experiments.snapshot import Snapshot
+from experiments.store import ConfigStore
 from plait.eventlog import EventLog, log_folder, roll
 from plait.settings import Home
 from tests.serving.conftest import NOW, make_world
@@ -107,3 +112,30 @@ def test_the_same_request_draws_the_same_arm_in_every_worker():
     assert len(set(drawn[0])) == 2
     expected = [snapshot.assign({"user": "1", "request": f"request-{i}"}, {}, NOW).values[MODEL] for i in range(30)]
     assert drawn[0] == expected
+
+
+def test_the_loop_closes_over_http(tmp_path):
+    """Requests, feedback and learning by turns: each country ends at the model it clicks on, under traffic."""
+    home = Home(project=tmp_path, root=tmp_path / ".plait").create()
+    store = ConfigStore.at(home)
+    context = {"country": {"categories": ["SE", "NO"]}}
+    document = configuration(method="linear", context=context, floor=2, reward="buy").document
+    store.apply(document, author="anna")
+    live, policies = LiveConfig(store), PolicyStore(store.engine)
+    likes = {"SE": "deepfm", "NO": "lightgbm"}
+    with closing(EventLog(log_folder(home), "serve")) as log, make_world(experiments=live, log=log) as world:
+        for turn in range(4):
+            pleased, bought = 0, []
+            for i in range(80):
+                country = ("SE", "NO")[i % 2]
+                answer = world.predict(entities={"user_id": i % 9}, context={"country": country}).get_json()
+                if answer["model"]["name"] == likes[country]:
+                    pleased += 1
+                    event = {"event_id": f"{turn}-{i}", "type": "buy", "user_id": i % 9, "item_id": 1}
+                    bought.append(event | {"request_id": answer["request_id"]})
+            assert world.client.post("/v1/events", json={"events": bought}).status_code == 202
+            run_once(home, live.snapshot.spec, policies, None, author="anna")
+            live.poll()
+    assert pleased > 70  # of 80
+    assert policies.get("ranker").version == 4
+    assert policies.get("ranker").document["decisions"] == 320
