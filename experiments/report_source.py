@@ -6,10 +6,12 @@ from pathlib import Path
 
 import duckdb
 
+from experiments.hashing import N_BUCKETS
 from experiments.metrics import DEFAULT_METRICS, MetricSet, load_metrics
+from experiments.plan import HELD, OPEN
 from experiments.report_events import define_view, quote, readable
 from experiments.report_plan import Plan, plan_from_log
-from experiments.spec import Experiment
+from experiments.spec import Experiment, Holdout
 from plait.database import has_database
 from plait.errors import SpecError, UnknownNameError
 from plait.settings import Home
@@ -66,13 +68,18 @@ def _declared(home: Home, experiment: str, versions: list[int]) -> Plan | None:
             return None
         wanted = sorted({version for version in versions if version <= head.version} | {head.version})
         declared = []
+        holdouts = []
         for version in wanted:
             document = head.document if version == head.version else store.get(version).document
             spec = load(Source(dict(document)))
             if experiment in spec.experiments:
                 declared.append((version, spec.experiments[experiment], spec))
+            elif experiment in spec.holdouts:
+                holdouts.append((version, spec.holdouts[experiment]))
     finally:
         store.close()
+    if holdouts and not declared:
+        return _plan_of_holdout(holdouts)
     if not declared:
         return None
     _, newest, spec = declared[-1]
@@ -93,6 +100,19 @@ def _declared(home: Home, experiment: str, versions: list[int]) -> Plan | None:
         primary=newest.primary,
         guardrails=newest.guardrails,
         bandit=newest.bandit is not None,
+    )
+
+
+def _plan_of_holdout(declared: list[tuple[int, Holdout]]) -> Plan:
+    """Held-out units are the control, everybody else is the treatment: everything that was shipped to them."""
+    held = {version: sum(end - first for first, end in holdout.ranges) for version, holdout in declared}
+    weights: dict[int | None, dict[str, float]] = {
+        version: {HELD: float(n), OPEN: float(N_BUCKETS - n)} for version, n in held.items()
+    }
+    version, newest = declared[-1]
+    weights[None] = weights[version]
+    return Plan(
+        experiment=newest.name, layer=newest.layer or "", unit_kind=newest.unit, arms=(HELD, OPEN), weights=weights
     )
 
 
@@ -127,4 +147,4 @@ def _declared_names(home: Home) -> set[str]:
         head = store.head()
     finally:
         store.close()
-    return set(head.document.get("experiments") or {}) if head else set()
+    return set(head.document.get("experiments") or {}) | set(head.document.get("holdouts") or {}) if head else set()
