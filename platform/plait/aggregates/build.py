@@ -183,10 +183,8 @@ class _Builder:
             yield kept.cast(events.schema())
 
     def _has_late(self, events: ir.Table) -> bool:
-        """Only least and greatest care, and only within windows that end."""
-        if not self.spec.bounded_us or all(extreme.of is None for extreme in self.plan.extremes):
-            return False
-        return bool(self.engine.count(events.filter(events[ENTER] > events[FULL]).limit(1)))
+        """Whether an event entered after its time: only windows that end care."""
+        return bool(self.spec.bounded_us and self.engine.count(events.filter(events[ENTER] > events[FULL]).limit(1)))
 
     # --- building ---
 

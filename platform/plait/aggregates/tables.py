@@ -1,7 +1,7 @@
 """From normalised events to the rows of a feature table, as one ibis expression for DuckDB and for Spark.
 
 Each event becomes a row that adds it (at `_enter`) and, per window, a row that takes it away (when it leaves). Running
-sums over those rows, per key in order of time, are the windows' values at every moment at which one of them changes.
+sums of both, per key in order of time, give the windows' values at every moment at which one of them changes.
 Distinct values are counted the same way, over the merged stretches in which a value is present. Least and greatest
 cannot be taken away from, so they look back over a frame of the window's length.
 
@@ -48,11 +48,12 @@ class Span:
 def feature_rows(plan: Plan, events: ir.Table, span: Span, *, base: Base | None = None, late: bool = True) -> ir.Table:
     """Keys, `_at` (us) and the feature columns: one row per key and moment in the span at which its values change.
 
-    late: whether an event may have entered after its tile's end; False spares a join for least and greatest.
+    late: whether an event may have entered after its tile's end; False spares sums, and a join for least and greatest.
     """
     if plan.lists:
         return _list_rows(plan, events, span, base)
-    running = _running(plan, changes(plan, events, span, base), span)
+    running = _running(plan, changes(plan, events, span, base), late)
+    running = running.filter((running[AT] > span.since) & (running[AT] <= span.until))
     if late and plan.spec.bounded_us and any(extreme.of is not None for extreme in plan.extremes):
         running = _with_late(plan, running, events)
     values = plan.features(lambda name: running[name], _if_else, lambda value: value.cast("float64"))
@@ -245,29 +246,84 @@ def _total(plan: Plan, changed: ir.Table, name: str) -> ir.IntegerValue:
     return value + changed[name] if name in changed.columns else value
 
 
-def _running(plan: Plan, changed: ir.Table, span: Span) -> ir.Table:
-    """The values after each moment: `_m<i>_<window>`, `_d<i>_<window>`, `_x<i>_<window>`."""
+def _running(plan: Plan, changed: ir.Table, late: bool) -> ir.Table:
+    """The values after each moment: `_m<i>_<window>`, `_d<i>_<window>`, `_x<i>_<window>`.
+
+    A window's sum is what entered so far less what left it so far. Either is summed over its own kind of row alone, and
+    carried forward to the rows of the other kinds: a carried value costs a quarter of a running sum.
+    """
     keys = list(plan.spec.keys)
     so_far = ibis.range_window(group_by=keys, order_by=AT, preceding=None, following=0)
-    columns: dict[str, ir.Value] = {
-        f"{name}_so_far": _total(plan, changed, name).sum().over(so_far) for name in sum_columns(plan)
-    }
+    columns: dict[str, ir.Value] = _sums_by_kind(plan, changed, late)
     for i, extreme in enumerate(plan.extremes):
         for window, length in zip(plan.spec.windows, [*plan.spec.bounded_us, None], strict=False):
             if length is not None and extreme.of is not None:
                 frame = ibis.range_window(group_by=keys, order_by=AT, preceding=length - 1, following=0)
-                columns[f"_x{i}_{window}_so_far"] = _extreme(extreme.op, changed[f"_x{i}"]).over(frame)
-        columns[f"_x{i}_{ALL_TIME}_so_far"] = _extreme(extreme.op, changed[f"_a{i}"]).over(so_far)
-    columns["_next"] = changed[AT].lead().over(ibis.window(group_by=keys, order_by=AT))
-    running = changed.select(*keys, AT, **columns)
-    # Rows of one moment share their sums; the last of them speaks for all.
-    last = running["_next"].isnull() | (running["_next"] > running[AT])
-    running = running.filter(last & (running[AT] > span.since) & (running[AT] <= span.until))
-    renamed = {name.removesuffix("_so_far"): running[name] for name in columns if name.endswith("_so_far")}
-    integers = {name for name in renamed if name.startswith(("_m", "_d"))}
-    return running.select(
-        *keys, AT, **{name: value.cast("int64") if name in integers else value for name, value in renamed.items()}
-    )
+                columns[f"_x{i}_{window}"] = _extreme(extreme.op, changed[f"_x{i}"]).over(frame)
+        columns[f"_x{i}_{ALL_TIME}"] = _extreme(extreme.op, changed[f"_a{i}"]).over(so_far)
+    kept = [name for name in changed.columns if not name.startswith(("_x", "_a")) or name == AT]
+    terms = {name: _terms(plan, name, name in changed.columns, late) for name in sum_columns(plan)}
+    carried = _carried(keys, changed.select(*kept, **columns), terms)
+    # Rows of one moment are told apart by nothing; the last of them has seen all and speaks for all.
+    last = carried["_next"].isnull() | (carried["_next"] > carried[AT])
+    extremes = [name for name in columns if name.startswith("_x")]
+    return carried.filter(last).select(*keys, AT, *extremes, *terms)
+
+
+def _sums_by_kind(plan: Plan, changed: ir.Table, late: bool) -> dict[str, ir.Value]:
+    """Sums over the rows so far of the same key and kind: `_p<i>` of measures, `_q` of distinct values.
+
+    late: an event may have entered after it left window j; `_p<i>_<j>` then leaves it out.
+    """
+    same = [*plan.spec.keys, "_kind", *(["_code"] if plan.distincts else [])]
+    so_far = ibis.range_window(group_by=same, order_by=AT, preceding=None, following=0)
+    sums = {f"_p{i}": changed[f"_m{i}"].sum().over(so_far) for i in range(len(plan.measures))}
+    if late:
+        zero = ibis.literal(0, "int64")
+        for j in range(len(plan.spec.bounded_us)):
+            for i in range(len(plan.measures)):
+                value = ibis.ifelse(changed["_gone"] <= j, changed[f"_m{i}"], zero)
+                sums[f"_p{i}_{j}"] = value.sum().over(so_far)
+    if plan.distincts:
+        sums["_q"] = changed["_delta"].sum().over(so_far)
+    return sums
+
+
+def _terms(plan: Plan, name: str, based: bool, late: bool) -> list[tuple[int, str, str]]:
+    """What the running sum `name` is made of: sign, the rows that hold a part of it, and their column."""
+    stem, _, window = name.rpartition("_")
+    j = plan.spec.windows.index(window)
+    terms = [(1, f"_kind = {_BASE}", name)] if based else []
+    if stem.startswith("_d"):
+        code = int(stem[2:]) * len(plan.spec.windows) + j
+        return [*terms, (1, f"_kind = {_DISTINCT} AND _code = {code}", "_q")]
+    column = stem.replace("_m", "_p")
+    bounded = window != ALL_TIME
+    terms.append((1, f"_kind = {_ENTERS}", f"{column}_{j}" if late and bounded else column))
+    return [*terms, (-1, f"_kind = {1 + j}", column)] if bounded else terms
+
+
+def _carried(keys: list[str], rows: ir.Table, terms: dict[str, list[tuple[int, str, str]]]) -> ir.Table:
+    """The rows with each sum of terms so far, and `_next`, the moment of the row that follows.
+
+    In SQL, because ibis leaves IGNORE NULLS out on DuckDB; and in one SELECT, so that all of it sees the rows of one
+    moment in the same order.
+    """
+    order = f"PARTITION BY {', '.join(_quoted(key) for key in keys)} ORDER BY {AT}"
+    frame = f"({order} ROWS BETWEEN UNBOUNDED PRECEDING AND CURRENT ROW)"
+
+    def term(sign: int, where: str, column: str) -> str:
+        value = f"CASE WHEN {where} THEN CAST({_quoted(column)} AS BIGINT) END"
+        return f"{'+' if sign > 0 else '-'} COALESCE(LAST_VALUE({value} IGNORE NULLS) OVER {frame}, 0)"
+
+    sums = [f"{' '.join(term(*part) for part in parts)} AS {_quoted(name)}" for name, parts in terms.items()]
+    given = [_quoted(name) for name in rows.columns if name not in terms]
+    columns = ", ".join([*given, *sums, f"LEAD({AT}) OVER ({order}) AS _next"])
+    return rows.alias("changed").sql(f"SELECT {columns} FROM changed", dialect="duckdb")
+
+
+def _quoted(name: str) -> str:
+    return f'"{name}"'
 
 
 def _extreme(op: str, column: ir.Value) -> ir.Value:
