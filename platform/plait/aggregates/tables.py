@@ -16,6 +16,9 @@ from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import ibis
+import ibis.expr.datatypes as dt
+import ibis.expr.operations as ops
+import sqlglot
 
 from plait.aggregates.events import ENTER, FULL, ID, TIME, leave_at
 from plait.aggregates.plan import FOREVER, US_PER_S, Plan
@@ -263,11 +266,15 @@ def _running(plan: Plan, changed: ir.Table, late: bool) -> ir.Table:
         columns[f"_x{i}_{ALL_TIME}"] = _extreme(extreme.op, changed[f"_a{i}"]).over(so_far)
     kept = [name for name in changed.columns if not name.startswith(("_x", "_a")) or name == AT]
     terms = {name: _terms(plan, name, name in changed.columns, late) for name in sum_columns(plan)}
-    carried = _carried(keys, changed.select(*kept, **columns), terms)
+    carried = _carried(keys, changed.select(*kept, **columns), {part[1:] for parts in terms.values() for part in parts})
+    sums = {
+        name: reduce(lambda total, part: total + part, (sign * carried[_carry(*of)] for sign, *of in parts))
+        for name, parts in terms.items()
+    }
     # Rows of one moment are told apart by nothing; the last of them has seen all and speaks for all.
     last = carried["_next"].isnull() | (carried["_next"] > carried[AT])
     extremes = [name for name in columns if name.startswith("_x")]
-    return carried.filter(last).select(*keys, AT, *extremes, *terms)
+    return carried.select(*keys, AT, *extremes, _last=last, **sums).filter(ibis._["_last"]).drop("_last")
 
 
 def _sums_by_kind(plan: Plan, changed: ir.Table, late: bool) -> dict[str, ir.Value]:
@@ -303,23 +310,38 @@ def _terms(plan: Plan, name: str, based: bool, late: bool) -> list[tuple[int, st
     return [*terms, (-1, f"_kind = {1 + j}", column)] if bounded else terms
 
 
-def _carried(keys: list[str], rows: ir.Table, terms: dict[str, list[tuple[int, str, str]]]) -> ir.Table:
-    """The rows with each sum of terms so far, and `_next`, the moment of the row that follows.
+def _carry(where: str, column: str) -> str:
+    """Name of `column` as it was in the latest row that satisfies `where`."""
+    return f"{column} at {where}"
+
+
+def _carried(keys: list[str], rows: ir.Table, wanted: set[tuple[str, str]]) -> ir.Table:
+    """The rows with `_carry(where, column)` of all wanted, 0 before the first, and `_next`, the next row's moment.
 
     In SQL, because ibis leaves IGNORE NULLS out on DuckDB; and in one SELECT, so that all of it sees the rows of one
-    moment in the same order.
+    moment in the same order. Its schema is told: ibis would compile everything below once more to find it.
     """
-    order = f"PARTITION BY {', '.join(_quoted(key) for key in keys)} ORDER BY {AT}"
-    frame = f"({order} ROWS BETWEEN UNBOUNDED PRECEDING AND CURRENT ROW)"
-
-    def term(sign: int, where: str, column: str) -> str:
-        value = f"CASE WHEN {where} THEN CAST({_quoted(column)} AS BIGINT) END"
-        return f"{'+' if sign > 0 else '-'} COALESCE(LAST_VALUE({value} IGNORE NULLS) OVER {frame}, 0)"
-
-    sums = [f"{' '.join(term(*part) for part in parts)} AS {_quoted(name)}" for name, parts in terms.items()]
-    given = [_quoted(name) for name in rows.columns if name not in terms]
-    columns = ", ".join([*given, *sums, f"LEAD({AT}) OVER ({order}) AS _next"])
-    return rows.alias("changed").sql(f"SELECT {columns} FROM changed", dialect="duckdb")
+    order = f"PARTITION BY {', '.join(map(_quoted, keys))} ORDER BY {AT}"
+    given = [name for name in rows.columns if (name in keys or name == AT or name.startswith("_x"))]
+    columns = [
+        *map(_quoted, given),
+        *(
+            f"COALESCE(LAST_VALUE(CASE WHEN {where} THEN CAST({_quoted(column)} AS BIGINT) END IGNORE NULLS) OVER w, 0)"
+            f" AS {_quoted(_carry(where, column))}"
+            for where, column in sorted(wanted)
+        ),
+        f"LEAD({AT}) OVER o AS _next",
+    ]
+    query = (
+        f"SELECT {', '.join(columns)} FROM changed"
+        f" WINDOW w AS ({order} ROWS BETWEEN UNBOUNDED PRECEDING AND CURRENT ROW), o AS ({order})"
+    )
+    backend = rows.get_backend()
+    if backend.name != "duckdb":
+        (query,) = sqlglot.transpile(query, read="duckdb", write=backend.dialect)
+    schema = {name: rows[name].type() for name in given}
+    schema |= {_carry(*of): dt.int64 for of in sorted(wanted)} | {"_next": dt.int64}
+    return ops.SQLStringView(parent=rows.alias("changed").op(), query=query, schema=ibis.schema(schema)).to_expr()
 
 
 def _quoted(name: str) -> str:
