@@ -123,7 +123,7 @@ def find_bandit(home: Home, experiment: str) -> tuple[Experiment, int | None] | 
     from experiments.store import ConfigStore
     from experiments.validate import load
 
-    if not home.plait_db.exists():
+    if not has_database(home):
         return None
     store = ConfigStore.at(home)
     try:

@@ -42,6 +42,11 @@ def check_shape(document: Mapping[str, Any], problems: Problems) -> None:
         if "where" in path or (path[:1] == ("segments",) and len(path) > 1):
             cut = path.index("where") + 1 if "where" in path else 2
             _check_condition(_at(document, path[:cut]), path[:cut], problems)
+        elif error.validator == "additionalProperties" and isinstance(error.instance, Mapping):
+            known = error.schema.get("properties", {})
+            what = "key" if path else "section"
+            for name in sorted(set(error.instance) - set(known)):
+                problems.add((*path, name), f"no such {what}; {did_you_mean(name, known)}")
         else:
             problems.add(*_in_words(error, path))
 
@@ -54,10 +59,6 @@ def _at(document: Any, path: Path_) -> Any:
 
 def _in_words(error: Any, path: Path_) -> tuple[Path_, str]:
     got, rule, allowed = error.instance, error.validator, error.validator_value
-    if rule == "additionalProperties":
-        known = error.schema.get("properties", {})
-        unknown = sorted(set(got) - set(known))
-        return (*path, unknown[0]), f"no such key; {did_you_mean(unknown[0], known)}"
     if rule == "required":
         return path, f"needs {', '.join(repr(key) for key in allowed if key not in got)}"
     if rule == "enum":

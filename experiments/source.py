@@ -5,8 +5,10 @@ Read by the YAML 1.2 core rules: `no` is a text (Norway), dates and 10:30 are te
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from plait.errors import SpecError, did_you_mean
 SECTIONS = ("enabled", "parameters", "domains", "layers", "segments", "groups", "holdouts", "experiments")
 _METRICS_FILE = "metrics.yaml"  # in the same folder, read by the report; no part of what is served
 _MAX_BYTES, _MAX_NODES, _MAX_DEPTH = 2_000_000, 200_000, 40
+
+_MAX_JSON_LINES = 200_000  # characters: above, reading JSON a second time for its lines would take seconds
 
 _PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("map", "seq", "str", "bool", "int", "float", "null")}
 
@@ -89,7 +93,47 @@ def read_file(path: Path) -> Source:
 
 
 def read_text(text: str, *, file: str = "<text>") -> Source:
-    """YAML text (JSON is YAML) as a Source; only the known sections are allowed at the top."""
+    """YAML text as a Source; only the known sections are allowed at the top."""
+    source = parse_text(text, file=file)
+    for name in source.document:
+        if name not in SECTIONS:
+            raise SpecError(f"{source.place((name,))}: no section {name!r}; {did_you_mean(str(name), SECTIONS)}")
+    return source
+
+
+def read_json_text(text: str, *, file: str = "<json>") -> Source:
+    """JSON text as a Source. A key given twice is an error. Lines are known where YAML reads the same text."""
+    try:
+        document = json.loads(text, object_pairs_hook=_each_once, parse_constant=_no_number)
+    except RecursionError as error:
+        raise SpecError(f"{file} is nested too deeply") from error
+    except json.JSONDecodeError as error:
+        raise SpecError(f"{file}:{error.lineno}: not JSON: {error.msg}") from error
+    except ValueError as error:
+        raise SpecError(f"{file}: {error}") from error
+    if not isinstance(document, dict):
+        raise SpecError(f"{file}: the top must be sections ({', '.join(SECTIONS)}), not a {type(document).__name__}")
+    places: Mapping[Path_, Place] = {}
+    if len(text) <= _MAX_JSON_LINES:
+        with suppress(SpecError):
+            places = parse_text(text.replace("\t", " "), file=file).places
+    return Source(document, places)
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is given twice")
+    return out
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is not JSON")
+
+
+def parse_text(text: str, *, file: str = "<text>") -> Source:
+    """YAML text (JSON is nearly always YAML) as a Source, whatever its sections are called."""
     if len(text) > _MAX_BYTES:
         raise SpecError(f"{file} has {len(text):,} characters; at most {_MAX_BYTES:,} are allowed")
     loader = _CoreLoader(text)
@@ -108,11 +152,7 @@ def read_text(text: str, *, file: str = "<text>") -> Source:
         loader.dispose()
     if not isinstance(document, dict):
         raise SpecError(f"{file}: the top must be sections ({', '.join(SECTIONS)}), not a {type(document).__name__}")
-    source = Source(document, reader.places)
-    for name in document:
-        if name not in SECTIONS:
-            raise SpecError(f"{source.place((name,))}: no section {name!r}; {did_you_mean(str(name), SECTIONS)}")
-    return source
+    return Source(document, reader.places)
 
 
 def merge(sources: list[Source]) -> Source:

@@ -31,10 +31,15 @@ from plait.settings import Home
 __all__ = ["ConfigStore", "ConfigVersion", "ConflictError", "LiveConfig"]
 
 logger = logging.getLogger("experiments")
+_KILL_TRIES = 10
 
 
 class ConflictError(StoreError):
     """Somebody else wrote a version in between: read it, and decide again."""
+
+
+class NoVersionError(StoreError):
+    """A version was asked for that was never written."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,12 +82,12 @@ class ConfigStore:
         return (row.version, row.digest) if row else None
 
     def get(self, version: int) -> ConfigVersion:
-        """One version. StoreError if it does not exist."""
+        """One version. NoVersionError if it does not exist."""
         row = self._read(sa.select(config_versions).where(config_versions.c.version == version)).first()
         if row is None:
             head = self.head_key()
             known = f"there are 1 to {head[0]}" if head else "there is none yet"
-            raise StoreError(f"no version {version} of the experiments' configuration; {known}")
+            raise NoVersionError(f"no version {version} of the experiments' configuration; {known}")
         return _version(row)
 
     def history(self, limit: int = 100) -> list[ConfigVersion]:
@@ -90,7 +95,7 @@ class ConfigStore:
         rows = self._read(sa.select(config_versions).order_by(config_versions.c.version.desc()).limit(limit))
         return [_version(row, damaged_ok=True) for row in rows]
 
-    def _latest(self) -> ConfigVersion | None:
+    def latest(self) -> ConfigVersion | None:
         """The live version even if it is damaged: a good one must always be able to follow it."""
         return next(iter(self.history(limit=1)), None)
 
@@ -114,11 +119,15 @@ class ConfigStore:
         load(source, models=models)
         if not author.strip():
             raise SpecError("a change needs an author; give your name or e-mail address")
-        head = self._latest()
+        head = self.latest()
         present = head.version if head else 0
         if expected is not None and expected != present:
             raise ConflictError(f"based on version {expected}, but {_who(head)} is live; look at it and apply again")
         text = json.dumps(source.document, ensure_ascii=False)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise SpecError("the configuration holds half a character (a lone surrogate); write it as UTF-8") from error
         digest = hashlib.sha256(json.dumps(source.document, sort_keys=True).encode()).hexdigest()
         if head is not None and head.digest == digest:
             return head
@@ -138,28 +147,45 @@ class ConfigStore:
                 db.execute(config_versions.insert().values(**row))
         except sa.exc.IntegrityError as error:
             raise ConflictError(
-                f"{_who(self._latest())} was written at the same moment; look at it and apply again"
+                f"{_who(self.latest())} was written at the same moment; look at it and apply again"
             ) from error
         except sa.exc.SQLAlchemyError as error:
             raise _unreachable(error) from error
         return self.get(present + 1)
 
     def rollback(
-        self, version: int, *, author: str, models: Collection[str] | None = None, note: str = ""
+        self,
+        version: int,
+        *,
+        author: str,
+        expected: int | None = None,
+        models: Collection[str] | None = None,
+        note: str = "",
     ) -> ConfigVersion:
-        """Make an old version's document live again, as a new version. It is checked like any other."""
+        """Make an old version's document live again, as a new version. It is checked like any other; expected: the
+        version that was live when this was decided (default: the present one)."""
         old, head = self.get(version), self.head_key()
+        present = head[0] if head else 0
         return self.apply(
             old.document,
             author=author,
-            expected=head[0] if head else 0,
+            expected=present if expected is None else expected,
             models=models,
             note=note or f"back to version {version}",
             origin="rollback",
         )
 
     def kill(self, experiment: str | None, *, author: str, note: str = "") -> ConfigVersion:
-        """Stop one experiment, or with None everything, at once. Models are not checked: a kill must always work."""
+        """Stop one experiment, or with None everything, at once. A kill must always work: models are not checked, and
+        if somebody writes a version at the same moment, that one is killed too."""
+        for _ in range(_KILL_TRIES - 1):
+            try:
+                return self._kill(experiment, author=author, note=note)
+            except ConflictError:
+                logger.info("experiments: killing again, over a version that was just written")
+        return self._kill(experiment, author=author, note=note)
+
+    def _kill(self, experiment: str | None, *, author: str, note: str) -> ConfigVersion:
         head = self.head()
         if head is None:
             raise StoreError("no configuration was applied yet; run `plait experiments apply` first")

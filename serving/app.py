@@ -12,14 +12,17 @@ from typing import Any
 from flask import Flask, Response, g, request
 
 import plait
+from serving.admin import Admin, install_admin
+from serving.auth import install_auth
 from serving.console import install_console
+from serving.experiments_page import install_experiments_page
 from serving.health import install_health
 from serving.info import install_info
 from serving.jsonio import dumps
 from serving.metrics import Metrics
 from serving.oip import install_oip
 from serving.openapi import openapi_document
-from serving.parts import ClockLike, Experiments, Log, Registry
+from serving.parts import ClockLike, LiveExperiments, Log, Registry
 from serving.pipeline import Predictor
 from serving.pool import ModelPool
 from serving.predict import install_predict
@@ -38,11 +41,12 @@ class Parts:
     scenes: Mapping[str, Scene]
     pool: ModelPool
     registry: Registry
-    experiments: Experiments
+    experiments: LiveExperiments
     log: Log
     clock: ClockLike
     metrics: Metrics
     predictor: Predictor
+    admin: Admin
     info: Mapping[str, Any] = field(default_factory=dict)  # shown on the console: project, home, clock
     on_close: tuple[Callable[[], None], ...] = ()
 
@@ -58,11 +62,14 @@ def create_app(parts: Parts, *, access_log: bool = False, max_body_bytes: int = 
     app.config["MAX_CONTENT_LENGTH"] = max_body_bytes
     app.url_map.strict_slashes = False
     _install_request_frame(app, parts, access_log=access_log)
+    install_auth(app, parts.admin.keys, require_keys=parts.admin.require_keys)
     install_problem_handlers(app)
     install_predict(app, parts.predictor, parts.scenes, parts.log, parts.clock, parts.metrics)
     install_oip(app, parts.pool, parts.registry)
     install_health(app, parts.pool, parts.metrics)
     install_info(app, parts.pool, parts.registry, parts.experiments, parts.scenes, parts.clock)
+    install_admin(app, parts.admin, parts.registry, parts.experiments, parts.clock)
+    install_experiments_page(app, parts.admin.store, parts.experiments, parts.clock)
     install_console(app, parts.predictor, parts.pool, parts.experiments, parts.scenes, parts.metrics, parts.info)
 
     document = dumps(openapi_document())

@@ -15,15 +15,19 @@ from plait.artifacts import load_artifact
 from plait.clock import Clock
 from plait.errors import ArtifactError, PlaitError
 from plait.eventlog import EventLog, log_folder
+from plait.keys import KeyStore
 from plait.models import ModelRegistry
 from plait.online import OnlineReader
 from plait.service import ServiceSpec, open_store, resolve_service
 from plait.settings import Home
+from serving.admin import Admin
 from serving.app import Parts
+from serving.keyring import KeyRing
 from serving.metrics import Metrics
 from serving.parts import Loader, ServingModel, SnapshotLike, VersionLike
 from serving.pipeline import Predictor
 from serving.pool import ModelPool
+from serving.remembered import RememberedRegistry, remembered_file
 from serving.scenes import DEFAULT_FILE, Scene, load_scenes
 
 logger = logging.getLogger("serving")
@@ -34,7 +38,14 @@ if TYPE_CHECKING:
     from plait.artifacts import ArtifactManifest
 
 
-def build_parts(home: Home, *, label: str = "serve", n_reads: int = 8, metrics_folder: Path | None = None) -> Parts:
+def build_parts(
+    home: Home,
+    *,
+    label: str = "serve",
+    n_reads: int = 8,
+    metrics_folder: Path | None = None,
+    require_keys: bool = False,
+) -> Parts:
     """Everything a server needs, started: models loaded, configuration read, log open. Close it before exit.
 
     Raises PlaitError with what to do if the feature store, the registry or the configuration is not there.
@@ -43,9 +54,11 @@ def build_parts(home: Home, *, label: str = "serve", n_reads: int = 8, metrics_f
     clock = Clock.of(home)
     metrics = Metrics(metrics_folder)
     store = open_store(home)
-    registry = ModelRegistry(home)
+    registry = RememberedRegistry(ModelRegistry(home), remembered_file(home))
+    keys = KeyRing(KeyStore(home), home.root / "api-keys.json").start()
+    config = ConfigStore.at(home)
     live = LiveConfig(
-        ConfigStore.at(home),
+        config,
         on_change=lambda _: metrics.config_reloads.labels("adopted").inc(),
         on_policies=lambda result: metrics.policy_reloads.labels(result).inc(),
     )
@@ -64,8 +77,9 @@ def build_parts(home: Home, *, label: str = "serve", n_reads: int = 8, metrics_f
         clock=clock,
         metrics=metrics,
         predictor=predictor,
+        admin=Admin(store=config, keys=keys, require_keys=require_keys),
         info={"project": home.project.name, "clock": "replays the data's time" if clock.replaying else "wall"},
-        on_close=(pool.close, live.close, predictor.close, log.close),
+        on_close=(pool.close, live.close, keys.close, predictor.close, log.close),
     )
 
 

@@ -31,11 +31,23 @@ def _say(line: str) -> None:
     "--threads", default=4, show_default=True, type=click.IntRange(1, 64), help="Requests at a time in one worker."
 )
 @click.option("--access-log", is_flag=True, help="One JSON line per request on stderr.")
-def serve(host: str, port: int, workers: int, threads: int, access_log: bool) -> None:
+@click.option(
+    "--require-keys",
+    is_flag=True,
+    help="Every request but probes and /metrics needs an API key (`plait keys`); without it only changes do.",
+)
+def serve(host: str, port: int, workers: int, threads: int, access_log: bool, require_keys: bool) -> None:
     """Serve predictions over HTTP until Ctrl-C or SIGTERM; requests in flight are answered first."""
     from serving.launcher import serve_forever
 
-    serve_forever(find_home(), host=host, port=port, workers=workers, threads=threads, access_log=access_log, say=_say)
+    if not require_keys and host not in ("127.0.0.1", "::1", "localhost"):
+        _say(
+            f"note: whoever reaches {host} may ask for predictions, post events and see what serves; see --require-keys"
+        )
+    serve_forever(
+        find_home(), host=host, port=port, workers=workers, threads=threads, access_log=access_log, say=_say,
+        require_keys=require_keys,
+    )  # fmt: skip
 
 
 @click.command()

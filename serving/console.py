@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from flask import Flask, Response, g, render_template, request
+from flask import Flask, Request, Response, g, render_template, request
 
 from plait import __version__
 from plait.errors import PlaitError
@@ -36,7 +36,7 @@ def install_console(
 
     @app.get("/")
     def landing() -> Response:
-        return _page(render_template("index.html", version=__version__, info=info))
+        return page(render_template("index.html", version=__version__, info=info))
 
     @app.get("/console")
     def console() -> Response:
@@ -54,14 +54,9 @@ def install_console(
             "recent": list(predictor.recent),
             "tried": _try_it(predictor, scenes) if "user_id" in request.args else None,
         }
-        wants_json = request.args.get("format") == "json" or (
-            request.accept_mimetypes.best_match(["text/html", "application/json"]) == "application/json"
-        )
-        return (
-            json_response(content)
-            if wants_json
-            else _page(render_template("console.html", **content, form=request.args))
-        )
+        if wants_json(request):
+            return json_response(content)
+        return page(render_template("console.html", **content, form=request.args))
 
 
 def traffic(metrics: Metrics) -> dict[str, Any]:
@@ -136,7 +131,13 @@ def _number(text: str) -> int | str:
     return int(text) if re.fullmatch(r"-?[0-9]{1,18}", text) else text
 
 
-def _page(html: str) -> Response:
+def wants_json(asked: Request) -> bool:
+    """Whether a page is asked for as JSON, by ?format=json or by the Accept header."""
+    best = asked.accept_mimetypes.best_match(["text/html", "application/json"])
+    return asked.args.get("format") == "json" or best == "application/json"
+
+
+def page(html: str) -> Response:
     return Response(
         html,
         content_type="text/html; charset=utf-8",

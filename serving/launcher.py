@@ -19,7 +19,7 @@ from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
-from plait.errors import PlaitError, SettingsError
+from plait.errors import PlaitError, SettingsError, StoreError
 from plait.settings import Home
 from serving.lean import go_lean, resident_bytes
 
@@ -27,7 +27,15 @@ GRACE_S = 30
 
 
 def serve_forever(
-    home: Home, *, host: str, port: int, workers: int, threads: int, access_log: bool, say: Callable[[str], None]
+    home: Home,
+    *,
+    host: str,
+    port: int,
+    workers: int,
+    threads: int,
+    access_log: bool,
+    say: Callable[[str], None],
+    require_keys: bool = False,
 ) -> None:
     """Serve until SIGINT or SIGTERM, then answer what is in flight and return.
 
@@ -48,7 +56,14 @@ def serve_forever(
             ("/metrics", "Prometheus"),
         ):
             say(f"  {url}{path:<14} {what}")
-        loader = partial(load_worker, home=home, threads=threads, access_log=access_log, metrics_folder=folder)
+        loader = partial(
+            load_worker,
+            home=home,
+            threads=threads,
+            access_log=access_log,
+            metrics_folder=folder,
+            require_keys=require_keys,
+        )
         run_workers(loader, host=host, port=port, workers=workers, threads=threads)
 
 
@@ -73,7 +88,7 @@ def run_workers(load: Callable[[], Any], *, host: str, port: int, workers: int, 
     server.serve(target_loader=load, wrap_loader=False)
 
 
-def load_worker(*, home: Home, threads: int, access_log: bool, metrics_folder: Path) -> Any:
+def load_worker(*, home: Home, threads: int, access_log: bool, metrics_folder: Path, require_keys: bool) -> Any:
     """The WSGI application of this worker. A PlaitError is printed and ends the worker."""
     go_lean()
     started = time.perf_counter()
@@ -82,7 +97,7 @@ def load_worker(*, home: Home, threads: int, access_log: bool, metrics_folder: P
     from serving.build import build_parts
 
     try:
-        parts = build_parts(home, n_reads=threads + 4, metrics_folder=metrics_folder)
+        parts = build_parts(home, n_reads=threads + 4, metrics_folder=metrics_folder, require_keys=require_keys)
     except PlaitError as error:
         print(f"plait: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
@@ -118,14 +133,25 @@ def claim_port(host: str, port: int) -> int:
 
 def check_ready_to_serve(home: Home) -> None:
     """SettingsError, naming the command to run, unless there is an applied feature store and a registered model."""
+    from plait.database import database_name
     from plait.models import ModelRegistry
+    from serving.remembered import remembered_file
 
     registry = home.root / "registry.db"
     config = (home.project / "feature_store.yaml").read_text()
     if "sqlite" in config and not _has_rows(registry, "feature_services"):
         raise SettingsError(f"no feature service is registered in {registry}; run `feast apply` in {home.project}")
-    if not ModelRegistry(home).names():
-        raise SettingsError(f"no model is registered in {home.plait_db}; run `plait train deepfm` first")
+    models = ModelRegistry(home)
+    try:
+        names = models.names()
+    except StoreError:  # then what served last serves again
+        if remembered_file(home).exists():
+            return
+        raise
+    finally:
+        models.close()  # no connection may cross the fork
+    if not names:
+        raise SettingsError(f"no model is registered in {database_name(home)}; run `plait train deepfm` first")
 
 
 def _has_rows(database: Path, table: str) -> bool:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from plait import __version__
+from serving.openapi_admin import SECURITY_SCHEMES, admin_paths, admin_schemas, with_keys
+from serving.openapi_parts import Schema
+from serving.openapi_parts import closed as _closed
+from serving.openapi_parts import object_ as _object
+from serving.openapi_parts import ok as _ok
+from serving.openapi_parts import operation as _operation
+from serving.openapi_parts import problems as _problems
+from serving.openapi_parts import query as _query
+from serving.openapi_parts import ref as _ref
+from serving.openapi_parts import responses as _responses
 from serving.queries import MAX_EVENTS, MAX_ID_CHARS
-
-Schema = dict[str, Any]
 
 
 def openapi_document() -> Schema:
@@ -20,8 +26,15 @@ def openapi_document() -> Schema:
             "description": "Features, models and experiments in one answer; Open Inference Protocol v2 beside.",
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
-        "paths": {**_ranking_paths(), **_info_paths(), **_protocol_paths(), **_page_paths()},
-        "components": {"schemas": _schemas(), "responses": _responses(), "parameters": _parameters()},
+        "paths": with_keys(
+            {**_ranking_paths(), **_info_paths(), **admin_paths(), **_protocol_paths(), **_page_paths()}
+        ),
+        "components": {
+            "schemas": {**_schemas(), **admin_schemas()},
+            "responses": _responses(),
+            "parameters": _parameters(),
+            "securitySchemes": SECURITY_SCHEMES,
+        },
     }
 
 
@@ -258,7 +271,7 @@ def _schemas() -> Schema:
     problem = _object(
         type=string, title=string, status=integer, detail=string, instance=string, request_id=string,
         pointer=string, error=string,
-        errors={"type": "array", "items": _object(pointer=string, detail=string)},
+        errors={"type": "array", "items": _ref("Fault")},
     )  # fmt: skip
     problem["required"] = ["type", "title", "status", "detail"]
     infer_request = _object(
@@ -336,68 +349,8 @@ def _schemas() -> Schema:
     }
 
 
-_STATUS = {
-    400: "The body is not JSON, or no valid inference request",
-    404: "No such scene, model or version",
-    413: "Too many candidates or events, or too large a body",
-    415: "The body is not declared as JSON",
-    422: "The body is JSON but not a valid request; `pointer` says where",
-    503: "Not available now; try again after Retry-After seconds",
-}
-
-
-def _responses() -> Schema:
-    problem = {"application/problem+json": {"schema": _ref("Problem")}}
-    return {f"Problem{status}": {"description": text, "content": problem} for status, text in _STATUS.items()}
-
-
 def _parameters() -> Schema:
     return {
         name: {"name": name, "in": "path", "required": True, "description": text, "schema": {"type": "string"}}
         for name, text in (("name", "The model's name"), ("version", "A version of it"))
     }
-
-
-def _operation(
-    operation_id: str,
-    summary: str,
-    responses: Schema,
-    *,
-    tags: list[str],
-    body: str = "",
-    example: Any = None,
-    parameters: list[Schema] | None = None,
-) -> Schema:
-    operation: Schema = {"operationId": operation_id, "summary": summary, "tags": tags, "responses": responses}
-    if parameters:
-        operation["parameters"] = parameters
-    if body:
-        content: Schema = {"schema": _ref(body)}
-        if example is not None:
-            content["example"] = example
-        operation["requestBody"] = {"required": True, "content": {"application/json": content}}
-    return operation
-
-
-def _ok(description: str, schema: str) -> Schema:
-    return {"description": description, "content": {"application/json": {"schema": _ref(schema)}}}
-
-
-def _problems(*statuses: int) -> Schema:
-    return {str(status): {"$ref": f"#/components/responses/Problem{status}"} for status in statuses}
-
-
-def _query(name: str, description: str, *, required: bool) -> Schema:
-    return {"name": name, "in": "query", "required": required, "description": description, "schema": {"type": "string"}}
-
-
-def _ref(schema: str) -> Schema:
-    return {"$ref": f"#/components/schemas/{schema}"}
-
-
-def _object(**properties: Schema) -> Schema:
-    return {"type": "object", "properties": properties, "required": list(properties)}
-
-
-def _closed(**properties: Schema) -> Schema:
-    return {**_object(**properties), "additionalProperties": False}

@@ -9,10 +9,16 @@ from typing import Any
 from flask import Flask, Response, g, request
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, RequestEntityTooLarge
 
-from plait.errors import RequestError, UnknownNameError, did_you_mean
+from plait.errors import RequestError, StoreError, UnknownNameError, did_you_mean
 from serving.jsonio import json_response
 
 logger = logging.getLogger("serving")
+# Basic is for browsers, which then ask for the key as a password.
+_HEADERS = {
+    401: {"WWW-Authenticate": 'Bearer realm="plait", Basic realm="plait: any user, an API key as the password"'},
+    429: {"Retry-After": "1"},
+    503: {"Retry-After": "1"},
+}
 
 
 def problem(status: int, title: str, detail: str, *, headers: dict[str, str] | None = None, **extra: Any) -> Response:
@@ -34,8 +40,12 @@ def install_problem_handlers(app: Flask) -> None:
 
     @app.errorhandler(RequestError)
     def wrong_request(error: RequestError) -> Response:
-        headers = {"Retry-After": "1"} if error.status in (429, 503) else None
+        headers = _HEADERS.get(error.status)
         return _answer(error.status, error.title, error.detail, headers=headers, **error.extra)
+
+    @app.errorhandler(StoreError)
+    def store_away(error: StoreError) -> Response:
+        return _answer(503, "Store unavailable", str(error), headers=_HEADERS[503])
 
     @app.errorhandler(RequestEntityTooLarge)
     def too_large(error: RequestEntityTooLarge) -> Response:

@@ -47,6 +47,11 @@ def database_url(home: Home) -> str:
     return os.environ.get(VARIABLE) or f"sqlite:///{home.plait_db}"
 
 
+def database_name(home: Home) -> str:
+    """The database as messages may call it: without its password."""
+    return sa.make_url(database_url(home)).render_as_string(hide_password=True).removeprefix("sqlite:///")
+
+
 def has_database(home: Home) -> bool:
     """Whether there is anything to ask yet: a home that nothing was written to has no SQLite file."""
     return bool(os.environ.get(VARIABLE)) or home.plait_db.exists()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,13 @@ from flask.testing import FlaskClient
 
 from experiments.explain import Explanation, explain
 from experiments.snapshot import Snapshot
+from experiments.store import ConfigStore
 from plait.errors import RegistryError, StoreError, did_you_mean
+from plait.keys import KeyStore
+from plait.settings import Home
+from serving.admin import Admin
 from serving.app import Parts, create_app
+from serving.keyring import KeyRing
 from serving.metrics import Metrics
 from serving.parts import ServingModel
 from serving.pipeline import MODEL, FeatureRows, Predictor
@@ -127,6 +133,7 @@ class FakeRegistry:
         self.champions = {"deepfm": "1", "lightgbm": "1"}
         self.known = {"deepfm": ["1", "2"], "lightgbm": ["1"], "logistic": ["1"]}
         self.champions["logistic"] = "1"
+        self.moves: list[tuple[str, str, str, str | None]] = []
 
     def resolve(self, ref: str) -> FakeVersion:
         name, _, version = ref.partition(":")
@@ -141,6 +148,22 @@ class FakeRegistry:
         if name not in self.known:
             raise RegistryError(f"no model {name!r}")
         return [FakeVersion(name, v, aliases=("champion",) * (v == self.champions[name])) for v in self.known[name]]
+
+    def references(self) -> set[str]:
+        return {f"{name}{end}" for name in self.known for end in ("", *(f":{v}" for v in self.known[name]))}
+
+    def promote(self, name: str, version: str, alias: str, *, author: str | None = None) -> FakeVersion:
+        found = self.resolve(f"{name}:{version}")
+        self.moves.append((name, alias, version, author))
+        self.champions[name] = version
+        return FakeVersion(name, found.version, aliases=(alias,))
+
+    def rollback(self, name: str, alias: str) -> FakeVersion:
+        before = [move for move in self.moves if move[0] == name]
+        if not before:
+            raise RegistryError(f"{name}@{alias} has no earlier version to go back to")
+        self.champions[name] = "1"
+        return FakeVersion(name, "1", aliases=(alias,))
 
 
 @dataclass(frozen=True)
@@ -182,6 +205,7 @@ class FakeSnapshot:
 
     version = 3
     spec = SPEC
+    document: Mapping[str, Any] = MappingProxyType({})
 
     def explain(self, units: Mapping[str, str], attributes: Mapping[str, Any], at: datetime) -> Explanation:
         return explain(SPEC, self.version, units, attributes, at)
@@ -243,6 +267,13 @@ class World:
         body = {"scene": "home", "entities": {"user_id": 1}, "candidate_ids": [1, 2, 3], **changes}
         return self.client.post("/v1/predict", json={k: v for k, v in body.items() if v is not ...})
 
+    def key(self, *scopes: str, name: str = "anna") -> dict[str, str]:
+        """The headers that carry a new API key of this name."""
+        keys = self.parts.admin.keys
+        _, token = keys._store.create(name, scopes or ("admin",), author="root")
+        keys.poll()
+        return {"Authorization": f"Bearer {token}"}
+
     def metric(self, name: str, **labels: str) -> float:
         return self.metrics.registry.get_sample_value(name, labels) or 0.0
 
@@ -262,12 +293,28 @@ def shared_world() -> Iterator[World]:
 
 @contextmanager
 def make_world(
-    metrics_folder: Path | None = None, *, snapshot: Any = None, log: Any = None, experiments: Any = None
+    metrics_folder: Path | None = None,
+    *,
+    snapshot: Any = None,
+    log: Any = None,
+    experiments: Any = None,
+    admin: Admin | None = None,
 ) -> Iterator[World]:
-    """snapshot or experiments (a live configuration), log: real ones instead of fakes."""
+    """snapshot or experiments (a live configuration), log, admin: real ones instead of fakes."""
+    with tempfile.TemporaryDirectory() as folder:
+        home = Home(project=Path(folder), root=Path(folder) / ".plait")
+        given = admin or Admin(store=ConfigStore.at(home), keys=KeyRing(KeyStore(home)))
+        with _make_world(given, metrics_folder, snapshot=snapshot, log=log, experiments=experiments) as world:
+            yield world
+
+
+@contextmanager
+def _make_world(
+    admin: Admin, metrics_folder: Path | None, *, snapshot: Any, log: Any, experiments: Any
+) -> Iterator[World]:
     registry, reader, metrics = FakeRegistry(), FakeReader(), Metrics(metrics_folder)
     snapshot, log = snapshot or FakeSnapshot(), log or FakeLog()
-    experiments = experiments or SimpleNamespace(snapshot=snapshot)
+    experiments = experiments or SimpleNamespace(snapshot=snapshot, source="store", error=None, poll=lambda: True)
     scorers: dict[str, FakeScorer] = {}
 
     def load(version: FakeVersion) -> ServingModel:
@@ -303,8 +350,9 @@ def make_world(
         clock=clock,
         metrics=metrics,
         predictor=predictor,
+        admin=admin,
         info={"project": "fake"},
-        on_close=(pool.close, predictor.close),
+        on_close=(pool.close, predictor.close, admin.keys.close, admin.store.close),
     )
     app = create_app(parts)
     app.testing = False
