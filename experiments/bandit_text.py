@@ -32,11 +32,7 @@ def as_text(report: BanditReport) -> str:
     ]
     if report.counts.decisions:
         lines += ["", *text_table(ARM_HEADER, arm_rows(report)), "", *(f"  {line}" for line in summary(report))]
-        lines += [
-            "",
-            "Shares over time",
-            *text_table(["day (UTC)", "decisions", "reward", *arm_names(report)], day_rows(report)),
-        ]
+        header = ["day (UTC)", "decisions", "reward", *arm_names(report)]
         header = ["day (UTC)", "decisions", "reward", *arm_names(report)]
         lines += ["", "Shares over time", *text_table(header, day_rows(report))]
     if report.warnings:

@@ -22,6 +22,7 @@ _LATE = {
     "report": ("report_commands", "report"),
     "power": ("report_commands", "power"),
     "learn": ("learn_commands", "learn_command"),
+    "policies": ("learn_commands", "policies_command"),
 }
 
 

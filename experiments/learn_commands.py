@@ -60,6 +60,31 @@ def learn_command(experiment: str | None, follow: bool, every: str, dry_run: boo
         store.close()
 
 
+@click.command("policies")
+@click.argument("experiment")
+@click.option("--limit", default=20, show_default=True, help="How many of the newest.")
+def policies_command(experiment: str, limit: int) -> None:
+    """What EXPERIMENT's bandit has learned, newest first: when, from how much, and each arm's weighted rewards."""
+    from experiments.store import ConfigStore
+
+    store = ConfigStore.at(find_home())
+    try:
+        versions = PolicyStore(store.engine).history(experiment, limit)
+    finally:
+        store.close()
+    if not versions:
+        click.echo(f"{experiment} has no policy yet; `plait experiments learn` makes the first", err=True)
+    for each in versions:
+        arms = []
+        for name, arm in each.document["arms"].items():
+            best = f" P(best) {arm['best']:.1%}" if "best" in arm else ""
+            arms.append(f"{name} {arm['successes']:,.1f}/{arm['trials']:,.1f}{best}")
+        click.echo(
+            f"{each.version:>5}  {each.created:%Y-%m-%d %H:%M:%S}Z  {each.author}  "
+            f"{each.document['decisions']:,} decisions  {'  '.join(arms)}"
+        )
+
+
 def run_once(
     home: Home,
     spec: ExperimentsSpec,

@@ -251,6 +251,13 @@ def test_learning_twice_leaves_one_version(home):
     assert "policy 2 (91 decisions)" in plait("learn").output
 
 
+def test_what_was_learned_is_listed(home):
+    ready(home)
+    assert "no policy yet" in plait("policies", "e").output
+    plait("learn")
+    assert "90 decisions  a 20.0/30.0 P(best)" in plait("policies", "e").output
+
+
 def test_a_dry_run_writes_nothing(home):
     policies = ready(home)
     assert "would be policy 1" in plait("learn", "--dry-run").output

@@ -19,13 +19,13 @@ WHOLE = [block for block in re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL) if
 
 
 def test_there_are_examples():
-    assert len(WHOLE) == 3
+    assert len(WHOLE) == 4
 
 
 @pytest.mark.parametrize("block", WHOLE)
 def test_examples_are_valid(block):
     source = merge([read_file(ROOT / "experiments" / "parameters.yaml"), read_text(block)])
-    spec, problems = check(source, models={"deepfm", "lightgbm"})
+    spec, problems = check(source, models={"deepfm", "lightgbm", "logistic"})
     assert spec is not None, list(map(str, problems))
 
 
