@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sqlite3
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from plait.data.readers import ImportSpec, detect_format, import_table, open_source
-from plait.errors import DataError, PlaitError, SpecError, UnknownNameError
+from plait.errors import DataError, PlaitError, SettingsError, SpecError, UnknownNameError
+from plait.eventlog import IMPRESSIONS as EVENT_IMPRESSIONS
 from plait.settings import Home
 
 START = datetime(2024, 3, 1, 12, tzinfo=UTC)
@@ -160,12 +162,21 @@ def test_times_may_be_numbers_or_text(home: Home, tmp_path: Path, text: str, uni
 
 BROKEN = {
     "ragged.csv": ("user_id,item_id,timestamp\n1,2,3\n4,5\n", "Expected 3 columns, got 2"),
-    "text.csv": ("user_id,item_id,timestamp\n1,2,yesterday\n", "impressions.timestamp came as string"),
-    "ids.csv": ("user_id,item_id,timestamp\nx1,2,5\n", "impressions.user_id came as string"),
-    "null.csv": ("user_id,item_id,timestamp\n,2,5\n", "have no 'user_id'"),
+    "text.csv": (
+        "user_id,item_id,timestamp\n1,2,yesterday\n",
+        r"text\.csv, row 1: impressions.timestamp is 'yesterday' \(string\) and cannot become timestamp",
+    ),
+    "ids.csv": (
+        "user_id,item_id,timestamp\nx1,2,5\n",
+        r"ids\.csv, row 1: impressions.user_id is 'x1' \(string\) and cannot become int64",
+    ),
+    "null.csv": ("user_id,item_id,timestamp\n,2,5\n", r"null\.csv, row 1: no 'user_id', which impressions must have"),
     "lacking.csv": ("user_id,timestamp\n1,5\n", "gives no 'item_id'"),
     "empty.csv": ("user_id,item_id,timestamp\n", "holds no row"),
-    "half.jsonl": ('{"user_id": 1, "item_id": 2, "timestamp": 5}\n{"user_id": 1, "it', "cannot be read as jsonl"),
+    "half.jsonl": (
+        '{"user_id": 1, "item_id": 2, "timestamp": 5}\n{"user_id": 1, "it',
+        r"half\.jsonl, line 2 is not JSON .*it'",
+    ),
     "torn.parquet": ("PAR1 and no more", "cannot be read as parquet"),
 }
 
@@ -177,6 +188,178 @@ def test_a_broken_source_is_named_and_changes_nothing(home: Home, tmp_path: Path
     with pytest.raises(DataError, match=message):
         import_table(home, ImportSpec(kind="impressions", source=str(tmp_path / name)))
     assert not list((home.events).rglob("*.parquet*"))
+
+
+ARMS = [{"layer": "rank", "experiment": "deep", "arm": "b", "propensity": 0.25}]
+IMPRESSIONS = [
+    {
+        "request_id": f"q{i // 2}",
+        "timestamp": START + timedelta(seconds=i),
+        "user_id": i % 5,
+        "item_id": i % 7,
+        "session_id": None if i < 9 else f"s{i // 4}",  # a column that begins with nulls
+        "device_id": f"d{i % 3}",
+        "team": "ab"[i % 2],
+        "propensity": 0.5,
+        "arms": None if i % 3 else ARMS,
+    }
+    for i in range(N)
+]
+_ARM = pa.struct([(name, pa.string()) for name in ("layer", "experiment", "arm")] + [("propensity", pa.float64())])
+_ARROW = pa.Table.from_pylist(
+    IMPRESSIONS,
+    schema=pa.schema(
+        [("request_id", pa.string()), ("timestamp", pa.timestamp("us", tz="UTC"))]
+        + [(name, pa.int64()) for name in ("user_id", "item_id")]
+        + [(name, pa.string()) for name in ("session_id", "device_id", "team")]
+        + [("propensity", pa.float64()), ("arms", pa.list_(_ARM))]
+    ),
+)
+FLAT = [  # for formats without lists: JSON text
+    {**row, "timestamp": row["timestamp"].isoformat(), "arms": row["arms"] and json.dumps(row["arms"])}
+    for row in IMPRESSIONS
+]
+
+
+def full_csv(folder: Path) -> str:
+    with (folder / "i.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, FLAT[0].keys())
+        writer.writeheader()
+        writer.writerows(FLAT)
+    return str(folder / "i.csv")
+
+
+def full_jsonl(folder: Path) -> str:
+    lines = [{**row, "timestamp": row["timestamp"].isoformat()} for row in IMPRESSIONS]
+    (folder / "i.jsonl").write_text(
+        "".join(json.dumps({k: v for k, v in row.items() if v is not None}) + "\n" for row in lines)
+    )
+    return str(folder / "i.jsonl")
+
+
+def full_parquet(folder: Path) -> str:
+    pq.write_table(_ARROW, folder / "i.parquet")
+    return str(folder / "i.parquet")
+
+
+def full_delta(folder: Path) -> str:
+    pytest.importorskip("deltalake").write_deltalake(str(folder / "delta"), _ARROW)
+    return str(folder / "delta")
+
+
+def full_iceberg(folder: Path) -> str:
+    module = pytest.importorskip("pyiceberg.catalog.sql")
+    catalog = module.SqlCatalog("c", uri=f"sqlite:///{folder}/c.db", warehouse=f"file://{folder}/wh")
+    catalog.create_namespace("db")
+    table = catalog.create_table("db.impressions", schema=_ARROW.schema)
+    table.append(_ARROW)
+    return str(Path(table.location().removeprefix("file://")))
+
+
+def full_sql(folder: Path) -> str:
+    with sqlite3.connect(folder / "i.db") as db:
+        db.execute(f"CREATE TABLE events ({', '.join(FLAT[0])})")
+        db.executemany(f"INSERT INTO events VALUES ({', '.join(':' + name for name in FLAT[0])})", FLAT)
+    db.close()
+    return f"sqlite:///{folder / 'i.db'}"
+
+
+FULL = (full_parquet, full_csv, full_jsonl, full_delta, full_iceberg, full_sql)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("write", FULL, ids=lambda write: write.__name__)
+def test_sessions_devices_teams_and_arms_with_propensities_come_from_every_format(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write
+) -> None:
+    monkeypatch.setattr("plait.data.readers._BLOCK_BYTES", 300)  # blocks of a row or two, types open in the first ones
+    source = write(tmp_path)
+    table = "events" if write is full_sql else None
+    done = import_table(home, ImportSpec(kind="impressions", source=source, table=table))
+    got = pq.read_table(done.path)
+    assert got.schema.equals(EVENT_IMPRESSIONS)
+    rows = sorted(got.select(list(IMPRESSIONS[0])).to_pylist(), key=lambda row: row["timestamp"])
+    # pyiceberg reads a null list as an empty one.
+    assert [{**row, "arms": row["arms"] or None} for row in rows] == IMPRESSIONS
+
+
+def test_arms_that_are_no_arms_are_named_with_their_row(home: Home, tmp_path: Path) -> None:
+    for arms, message in (
+        ('[{"arm": "a", "propensty": 1}]', "an entry has propensty; entries have arm, "),
+        ('["a"]', "an entry is 'a'"),
+        ("a", "row 2: impressions.arms is 'a'"),
+    ):
+        with (tmp_path / "e.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerows([["user_id", "item_id", "timestamp", "arms"], [1, 2, 5, "[]"], [1, 2, 5, arms]])
+        with pytest.raises(DataError, match=message):
+            import_table(home, ImportSpec(kind="impressions", source=str(tmp_path / "e.csv")))
+
+
+def test_the_file_and_the_row_of_a_bad_value_deep_inside_are_named(home: Home, tmp_path: Path) -> None:
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    head = "user_id,item_id,timestamp\n"
+    (folder / "a.csv").write_text(head + "1,2,2024-03-01T12:00:00Z\n" * 100)
+    (folder / "b.csv").write_text(head + "1,2,2024-03-01T12:00:00Z\n" * 41 + "1,2,2024-13-01\n" + "1,2,5\n")
+    with pytest.raises(DataError, match=r"b\.csv, row 42: impressions.timestamp is '2024-13-01'"):
+        import_table(home, ImportSpec(kind="impressions", source=str(folder)))
+
+
+def test_times_of_every_form_may_stand_in_one_column(home: Home, tmp_path: Path) -> None:
+    times = ["1709294400", "1709294400.5", "2024-03-01T12:00:00Z", "2024-03-01 12:00:00", "2024-03-01T13:00:00+01:00"]
+    times += ["2024-03-01T12:00:00.250-00:00", "2024-03-01"]
+    (tmp_path / "e.csv").write_text("user_id,item_id,timestamp\n" + "".join(f"1,2,{time}\n" for time in times))
+    done = import_table(home, ImportSpec(kind="impressions", source=str(tmp_path / "e.csv")))
+    gaps = [0.0, 0.5, 0.0, 0.0, 0.0, 0.25, -43_200.0]
+    assert pq.read_table(done.path)["timestamp"].to_pylist() == [START + timedelta(seconds=gap) for gap in gaps]
+
+
+@pytest.mark.parametrize("time", ["1709294400000", "1709294400000.0"])
+def test_a_wrong_unit_is_noticed(home: Home, tmp_path: Path, time: str) -> None:
+    (tmp_path / "e.csv").write_text(f"user_id,item_id,timestamp\n1,2,{time}\n")
+    with pytest.raises(DataError, match=r"after the year 2200: give the numbers' unit \(--unit ms"):
+        import_table(home, ImportSpec(kind="impressions", source=str(tmp_path / "e.csv")))
+
+
+def test_a_field_that_changes_its_kind_between_lines_is_named(home: Home, tmp_path: Path) -> None:
+    row = '{"user_id": 1, "item_id": 2, "timestamp": 5}\n'
+    (tmp_path / "e.jsonl").write_text(row + row.replace("1", '"one"'))
+    with pytest.raises(DataError, match=r"e\.jsonl, line 2: 'user_id' is a str, and a number in line 1"):
+        import_table(home, ImportSpec(kind="impressions", source=str(tmp_path / "e.jsonl")))
+    (tmp_path / "e.jsonl").write_text(row + "\n[1]\n")
+    with pytest.raises(DataError, match="line 3 is not a JSON object"):
+        import_table(home, ImportSpec(kind="impressions", source=str(tmp_path / "e.jsonl")))
+
+
+def test_ids_are_made_only_for_rows_that_have_none(home: Home, tmp_path: Path) -> None:
+    (tmp_path / "e.csv").write_text("user_id,item_id,timestamp,type,event_id\n1,2,5,click,e1\n1,2,6,click,\n")
+    done = import_table(home, ImportSpec(kind="feedback", source=str(tmp_path / "e.csv")))
+    first, second = pq.read_table(done.path)["event_id"].to_pylist()
+    assert first == "e1"
+    assert second.endswith("-1")
+
+
+def test_a_driver_that_is_not_installed_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg2", None)
+    with pytest.raises(SettingsError, match=r"needs the package 'psycopg2'.*`pip install psycopg2-binary`"):
+        list(open_source("postgresql+psycopg2://host/db", table="events"))
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(SettingsError, match=r"needs the package 'psycopg'.*`pip install plait\[postgres\]`"):
+        list(open_source("postgresql+psycopg://host/db", table="events"))
+    with pytest.raises(SettingsError, match=r"nodb.*give an SQLAlchemy URL"):
+        list(open_source("nodb://host/db", table="events"))
+
+
+@pytest.mark.parametrize(("write", "module"), [(write_delta, "deltalake"), (write_iceberg, "pyiceberg.table")])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_lake_library_that_is_not_installed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write, module: str
+) -> None:
+    source = write(tmp_path)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(SettingsError, match=r"needs .*`pip install plait\[lakes\]`"):
+        list(open_source(source))
 
 
 def test_names_that_are_nearly_right_are_suggested(home: Home, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,13 +21,13 @@ import pyarrow.dataset as pads
 import pyarrow.json as pjson
 import pyarrow.parquet as pq
 
-from plait.data.tables import SCHEMAS, TIMESTAMP
+from plait.data.convert import UNITS, Place, convert
+from plait.data.tables import SCHEMAS
 from plait.errors import DataError, PlaitError, SettingsError, SpecError, UnknownNameError
 from plait.files import atomic_file
 from plait.settings import Home
 
 FORMATS = ("parquet", "csv", "jsonl", "delta", "iceberg", "sql")
-UNITS = ("s", "ms", "us", "ns")
 BATCH_ROWS = 65_536
 REQUIRED = {
     "impressions": ("timestamp", "user_id", "item_id"),
@@ -111,36 +111,65 @@ def open_source(
     Raises DataError for a source that is missing or corrupt (with the line or file, as the reader knows it),
     UnknownNameError for an unknown format or SQL table, SettingsError if the format's library is not installed.
     """
+    for _, batch in _located(source, as_format=as_format, query=query, table=table, texts=()):
+        yield batch
+
+
+def _located(
+    source: str, *, as_format: str | None, query: str | None, table: str | None, texts: Collection[str]
+) -> Iterator[tuple[str, pa.RecordBatch]]:
+    """The same, each batch with the file (or table) it is from. texts: columns of CSV files to leave as text."""
     known = as_format or detect_format(source)
     if known not in FORMATS:
         raise UnknownNameError("format", known, FORMATS)
     if known == "sql":
-        yield from _sql(source, query, table)
+        for batch in _sql(source, query, table):
+            yield "query" if query else f"table {table}", batch
         return
     if not Path(source).exists():
         raise DataError(f"{source} does not exist; give the path of a {known} file or table")
-    readers = {"parquet": _parquet, "csv": _csv, "jsonl": _json_lines, "delta": _delta, "iceberg": _iceberg}
+    path = Path(source)
     with _plain_errors(source, known):
-        yield from readers[known](Path(source))
+        if known in _FILES:
+            read, suffixes = _FILES[known]
+            files = sorted(each for each in path.rglob("*") if each.suffix in suffixes) if path.is_dir() else [path]
+            if not files:
+                raise DataError(f"no {known} file ({', '.join(suffixes)}) in {path}")
+            for file in files:
+                with _plain_errors(str(file), known):
+                    for batch in read(file, texts):
+                        yield str(file), batch
+        else:
+            for batch in (_delta if known == "delta" else _iceberg)(path):
+                yield source, batch
 
 
-def import_table(home: Home, spec: ImportSpec) -> Imported:
+def import_table(home: Home, spec: ImportSpec, *, progress: Callable[[int], None] = lambda rows: None) -> Imported:
     """Write the source into events/<kind>/ as one file; importing the same source again replaces that file.
 
     Impressions without a request_id and feedback without an event_id get one from the source and the row's number.
-    `created` defaults to the row's own time. Raises DataError; the table is then as it was.
+    `created` defaults to the row's own time. progress: called with the rows read so far. Raises DataError with the
+    file, the row and the column; the table is then as it was.
     """
     identity = hashlib.sha256(json.dumps([spec.source, spec.query, spec.table]).encode()).hexdigest()[:12]
     target = home.events / spec.kind / f"import-{identity}.parquet"
-    rows = 0
+    rows = in_file = 0
+    file = ""
     with atomic_file(target) as aside:
         writer: pq.ParquetWriter | None = None
         try:
-            for batch in open_source(spec.source, as_format=spec.format, query=spec.query, table=spec.table):
-                table = shape(pa.Table.from_batches([batch]), spec, first_row=rows, identity=identity)
+            texts = _text_columns(spec)
+            for where, batch in _located(
+                spec.source, as_format=spec.format, query=spec.query, table=spec.table, texts=texts
+            ):
+                file, in_file = where, (in_file if where == file else 0)
+                place = Place(where, in_file)
+                table = shape(pa.Table.from_batches([batch]), spec, first_row=rows, identity=identity, place=place)
                 writer = writer or pq.ParquetWriter(aside, table.schema)
-                writer.write_table(table.cast(writer.schema))
+                writer.write_table(_as_before(table, writer.schema, place))
                 rows += table.num_rows
+                in_file += table.num_rows
+                progress(rows)
         finally:
             if writer is not None:
                 writer.close()
@@ -149,8 +178,11 @@ def import_table(home: Home, spec: ImportSpec) -> Imported:
     return Imported(kind=spec.kind, path=target, rows=rows)
 
 
-def shape(table: pa.Table, spec: ImportSpec, *, first_row: int = 0, identity: str = "row") -> pa.Table:
-    """Rows of a source in the event table's columns and types. Raises DataError naming the column."""
+def shape(
+    table: pa.Table, spec: ImportSpec, *, first_row: int = 0, identity: str = "row", place: Place | None = None
+) -> pa.Table:
+    """Rows of a source in the event table's columns and types. Raises DataError naming the column and the row."""
+    place = place or Place(spec.source, first_row)
     schema = SCHEMAS[spec.kind]
     taken: dict[str, Any] = {}
     names = list(dict.fromkeys([*schema.names, *(table.column_names if spec.kind in _OPEN else ()), *spec.columns]))
@@ -162,75 +194,116 @@ def shape(table: pa.Table, spec: ImportSpec, *, first_row: int = 0, identity: st
         elif source in table.column_names and not (name not in spec.columns and name in renamed):
             taken[name] = table.column(source)
         elif name in spec.columns:
-            raise UnknownNameError("source column", source, table.column_names, where=spec.source)
+            raise UnknownNameError("source column", source, table.column_names, where=place.file)
     for name in REQUIRED[spec.kind]:
         if name not in taken:
             raise DataError(
-                f"{spec.source} gives no {name!r} for {spec.kind}; its columns are {', '.join(table.column_names)}: "
-                f"say which one it is"
+                f"{place.file} gives no {name!r} for {spec.kind}; its columns are {', '.join(table.column_names)}: "
+                f"say which one it is (--column {name}=THEIRS)"
             )
-    number = _ID.get(spec.kind)
-    if number and number not in taken:
-        taken[number] = pa.array([f"{identity}-{first_row + i}" for i in range(table.num_rows)])
     types = {field.name: field.type for field in schema}
     out = {}
     for name in names:
-        if name not in taken:
-            continue
-        wanted = types.get(name)
-        out[name] = taken[name] if wanted is None else _convert(taken[name], wanted, f"{spec.kind}.{name}", spec.unit)
+        if name in taken:
+            wanted = types.get(name)
+            named = f"{spec.kind}.{name}"
+            out[name] = taken[name] if wanted is None else convert(taken[name], wanted, named, spec.unit, place)
+    if (number := _ID.get(spec.kind)) and (number not in out or out[number].null_count):
+        made = pa.array([f"{identity}-{first_row + i}" for i in range(table.num_rows)])
+        out[number] = pc.coalesce(out[number], made) if number in out else made
     out.setdefault("created", out[_TIME[spec.kind]])
     for name in REQUIRED[spec.kind]:
         if nulls := out[name].null_count:
-            raise DataError(f"{spec.source}: {nulls} rows from row {first_row} on have no {name!r}, which is required")
+            first = pc.index(pc.is_null(out[name]), True).as_py()
+            raise DataError(
+                f"{place.row(first)}: no {name!r}, which {spec.kind} must have ({nulls} such rows in this batch); "
+                "complete or leave out those rows"
+            )
     for name in schema.names:
         out.setdefault(name, pa.nulls(table.num_rows, types[name]))
     ordered = [*schema.names, *(name for name in out if name not in types)]
     return pa.table({name: out[name] for name in ordered})
 
 
-def _convert(column: Any, wanted: pa.DataType, name: str, unit: str) -> Any:
-    given = column.type
-    try:
-        if not pa.types.is_timestamp(wanted) or pa.types.is_timestamp(given):
-            return column.cast(wanted)
-        if pa.types.is_floating(given):
-            scale = {"s": 1e6, "ms": 1e3, "us": 1.0, "ns": 1e-3}[unit]
-            return pc.round(pc.multiply(column, scale)).cast(pa.int64()).cast(TIMESTAMP)
-        if pa.types.is_integer(given):
-            return column.cast(pa.int64()).cast(pa.timestamp(unit, tz="UTC")).cast(wanted, safe=False)
-        if pa.types.is_date(given):
-            return column.cast(pa.timestamp("us")).cast(wanted)
-        # ISO 8601 text; without an offset it is UTC, as all times here.
-        text = column.cast(pa.string())
-        zoned = pc.match_substring_regex(text, r"(Z|[+-]\d\d:?\d\d)$")
-        return text.cast(TIMESTAMP) if pc.all(zoned).as_py() else text.cast(pa.timestamp("us")).cast(wanted)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise DataError(f"{name} came as {given} and cannot become {wanted}: {error}") from error
+def _as_before(table: pa.Table, schema: pa.Schema, place: Place) -> pa.Table:
+    """Further attributes of users and items in the types of the first batch."""
+    columns = []
+    for spec in schema:
+        if spec.name not in table.column_names:
+            columns.append(pa.nulls(table.num_rows, spec.type))
+            continue
+        try:
+            columns.append(table.column(spec.name).cast(spec.type))
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise DataError(
+                f"{place.row(0)} and after: column {spec.name!r} is {table.column(spec.name).type} here and "
+                f"{spec.type} in earlier rows: {error}"
+            ) from error
+    if extra := [name for name in table.column_names if name not in schema.names]:
+        raise DataError(f"{place.row(0)} and after: column {', '.join(extra)} does not exist in earlier rows")
+    return pa.Table.from_arrays(columns, schema=schema)
 
 
-def _parquet(path: Path) -> Iterator[pa.RecordBatch]:
-    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
-    if not files:
-        raise DataError(f"no parquet file in {path}")
-    for file in files:
-        with _plain_errors(str(file), "parquet"), pq.ParquetFile(file) as parquet:
-            yield from parquet.iter_batches(batch_size=BATCH_ROWS)
+def _text_columns(spec: ImportSpec) -> set[str]:
+    """Source columns that no CSV reader should guess the type of: a guess from the first rows can fail on later ones.
+
+    Text is converted afterwards, with a row to name where it cannot be.
+    """
+    return {spec.columns.get(name, name) for name in SCHEMAS[spec.kind].names if name not in spec.constants}
 
 
-def _csv(path: Path) -> Iterator[pa.RecordBatch]:
-    files = sorted([*path.rglob("*.csv"), *path.rglob("*.tsv")]) if path.is_dir() else [path]
-    for file in files:
-        delimiter = "\t" if file.suffix == ".tsv" else ","
-        with _plain_errors(str(file), "csv"):
-            yield from pcsv.open_csv(file, parse_options=pcsv.ParseOptions(delimiter=delimiter))
+def _csv(file: Path, texts: Collection[str]) -> Iterator[pa.RecordBatch]:
+    delimiter = "\t" if file.suffix == ".tsv" else ","
+    yield from pcsv.open_csv(
+        file,
+        parse_options=pcsv.ParseOptions(delimiter=delimiter),
+        convert_options=pcsv.ConvertOptions(column_types=dict.fromkeys(texts, pa.string())),
+    )
 
 
-def _json_lines(path: Path) -> Iterator[pa.RecordBatch]:
-    files = sorted([*path.rglob("*.jsonl"), *path.rglob("*.ndjson")]) if path.is_dir() else [path]
-    for file in files:
-        with _plain_errors(str(file), "jsonl"):
-            yield from pjson.open_json(file)
+def _json_lines(file: Path, texts: Collection[str]) -> Iterator[pa.RecordBatch]:
+    """A block of lines at a time, each with types of its own: a field may be absent or null for as long as it likes."""
+    before = 0
+    with file.open("rb") as lines:
+        while block := lines.readlines(_BLOCK_BYTES):
+            if not all(map(bytes.isspace, block)):
+                try:
+                    yield from pjson.read_json(pa.BufferReader(b"".join(block))).to_batches()
+                except pa.ArrowInvalid as error:
+                    raise DataError(f"{file}, {_bad_line(block, before) or error}") from error
+            before += len(block)
+
+
+def _bad_line(block: Sequence[bytes], before: int) -> str | None:
+    """The first line that is no JSON object, or whose fields are of another kind than in the lines before it."""
+    kinds: dict[str, tuple[str, int]] = {}
+    for number, line in enumerate(block, before + 1):
+        if line.isspace():
+            continue
+        try:
+            values = json.loads(line)
+        except ValueError as error:
+            return f"line {number} is not JSON ({error}): {line.decode(errors='replace').strip()[:80]!r}"
+        if not isinstance(values, dict):
+            return f"line {number} is not a JSON object: {line.decode(errors='replace').strip()[:80]!r}"
+        for name, value in values.items():
+            kind = "number" if isinstance(value, int | float) and not isinstance(value, bool) else type(value).__name__
+            if value is not None and kinds.setdefault(name, (kind, number))[0] != kind:
+                return f"line {number}: {name!r} is a {kind}, and a {kinds[name][0]} in line {kinds[name][1]}"
+    return None
+
+
+def _parquet(file: Path, texts: Collection[str]) -> Iterator[pa.RecordBatch]:
+    with pq.ParquetFile(file) as parquet:
+        yield from parquet.iter_batches(batch_size=BATCH_ROWS)
+
+
+_BLOCK_BYTES = 8 << 20
+_FILES: dict[str, tuple[Callable[[Path, Collection[str]], Iterator[pa.RecordBatch]], tuple[str, ...]]] = {
+    "parquet": (_parquet, (".parquet",)),
+    "csv": (_csv, (".csv", ".tsv")),
+    "jsonl": (_json_lines, (".jsonl", ".ndjson")),
+}
 
 
 def _delta(path: Path) -> Iterator[pa.RecordBatch]:
@@ -268,9 +341,16 @@ def _sql(url: str, query: str | None, table: str | None) -> Iterator[pa.RecordBa
     try:
         address = sa.make_url(url)
         engine = sa.create_engine(address)
-    except (sa.exc.ArgumentError, ImportError) as error:
+    except ImportError as error:
+        driver = (error.name or "").partition(".")[0]
         raise SettingsError(
-            f"cannot open the database: {error}; give an SQLAlchemy URL and install its driver"
+            f"reading {url.partition(':')[0]} databases needs the package {driver!r}, which is not installed; "
+            f"`pip install {_DRIVERS.get(driver, driver)}`, or name another driver in the URL (postgresql+psycopg://)"
+        ) from error
+    except sa.exc.ArgumentError as error:  # of an unknown dialect too
+        raise SettingsError(
+            f"cannot open the database: {error}; give an SQLAlchemy URL, such as postgresql+psycopg://user@host/db, "
+            "and install its dialect's package"
         ) from error
     shown = address.render_as_string(hide_password=True)
     try:
@@ -292,6 +372,17 @@ def _sql(url: str, query: str | None, table: str | None) -> Iterator[pa.RecordBa
         raise DataError(f"{shown} cannot be read: {str(error)[:500]}") from error
     finally:
         engine.dispose()
+
+
+# Where the module of a driver and its package have different names.
+_DRIVERS = {
+    "psycopg2": "psycopg2-binary",
+    "psycopg": "plait[postgres]",
+    "MySQLdb": "mysqlclient",
+    "cx_Oracle": "oracledb",
+    "duckdb_engine": "duckdb-engine",
+    "snowflake": "snowflake-sqlalchemy",
+}
 
 
 def _batch(names: Sequence[str], rows: Sequence[Any]) -> pa.RecordBatch:
