@@ -150,7 +150,7 @@ def resolve_service(store: FeatureStore, name: str) -> ServiceSpec:
             for source in transform.source_feature_view_projections.values():
                 _extend(read, source.name, (field.name for field in source.features))
             for request in transform.source_request_sources.values():
-                request_fields.update({field.name: _arrow(field.dtype) for field in request.schema})
+                request_fields.update({field.name: arrow_type(field.dtype) for field in request.schema})
     views = {view: _view_spec(stored[view], features) for view, features in read.items()}
     for projection in service.feature_view_projections:
         if projection.name in on_demand:
@@ -161,7 +161,7 @@ def resolve_service(store: FeatureStore, name: str) -> ServiceSpec:
         side = (transforms.get(projection.name) or views[projection.name]).side
         for field in projection.features:
             features.append(
-                FeatureSpec(name=field.name, view=projection.name, dtype=_arrow(field.dtype), side=side),
+                FeatureSpec(name=field.name, view=projection.name, dtype=arrow_type(field.dtype), side=side),
             )
     _refuse_duplicates(name, features)
     return ServiceSpec(
@@ -254,7 +254,7 @@ def _extend(read: dict[str, list[str]], view: str, features: Iterable[str]) -> N
     wanted.extend(feature for feature in features if feature not in wanted)
 
 
-def _arrow(dtype: Any) -> pa.DataType:
+def arrow_type(dtype: Any) -> pa.DataType:
     from feast.type_map import feast_value_type_to_pa
 
     arrow = feast_value_type_to_pa(dtype.to_value_type())

@@ -218,7 +218,7 @@ def test_a_part_corrupt_in_its_pages_is_an_error_and_not_half_a_result(make_home
     content = bytearray(part.read_bytes())
     content[100:600] = bytes(500)
     part.write_bytes(content)
-    with pytest.raises(DataError, match="impressions"):
+    with pytest.raises(DataError, match=str(part)):
         build_samples(home, SampleSpec(), now=NOW)
     assert list(home.samples.iterdir()) == []
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -27,6 +27,7 @@ from plait.offline.parts import PartWriter, content_hash
 from plait.offline.retrieval import REQUEST_TIME, ROW, TIME, chunked, point_in_time, stream_point_in_time, streams
 from plait.offline.samples import SampleManifest, read_manifest
 from plait.offline.saved import register_dataset
+from plait.offline.sources import refuse_drift, source_state
 from plait.offline.splits import PARTS
 from plait.settings import Home
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from plait.service import ServiceSpec
 
 CHUNK_ROWS = 1_000_000
+SAMPLES_AGAIN = "run `plait samples build` again"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,6 +107,7 @@ def build_dataset(
             return Dataset.open(target)
         except DataError:
             pass  # damaged: built again, and swapped in whole
+    refuse_drift(store, spec)
     with atomic_folder(target) as aside:
         work = aside / ".work"
         if engine is None:
@@ -133,7 +136,7 @@ def dataset_key(store: FeatureStore, spec: ServiceSpec, samples: SampleManifest,
             "join_keys": view.join_keys,
             "features": view.features,
             "ttl_s": view.ttl.total_seconds() if view.ttl else None,
-            "source": _source_state(store, stored.batch_source),
+            "source": source_state(store, stored.batch_source),
         }
     decides = {
         "samples": samples.data_hash,
@@ -146,24 +149,6 @@ def dataset_key(store: FeatureStore, spec: ServiceSpec, samples: SampleManifest,
         "created_cutoff": created_cutoff(store.config),
     }
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
-
-
-def _source_state(store: FeatureStore, source: Any) -> Any:
-    """Files of a file source with size and time of change; for other sources their definition."""
-    path = getattr(source, "path", None)
-    if not path:
-        return source.to_proto().SerializeToString(deterministic=True).hex() if source is not None else None
-    place = Path(path) if Path(path).is_absolute() else Path(str(store.repo_path)) / path
-    if "*" in place.name:
-        files = sorted(place.parent.glob(place.name))
-    else:
-        files = sorted(place.rglob("*.parquet")) if place.is_dir() else [place]
-    state = []
-    for file in files:
-        if file.exists():
-            stat = file.stat()
-            state.append([str(file.name), stat.st_size, stat.st_mtime_ns])
-    return [str(path), state]
 
 
 def _refuse_clashes(spec: ServiceSpec, samples: SampleManifest) -> None:
@@ -187,7 +172,7 @@ def _write(
     progress: Callable[[int, int], None],
 ) -> None:
     first = source / samples.parts[0].path
-    with corrupt_part(first):
+    with corrupt_part(first, again=SAMPLES_AGAIN):
         sample_schema = pq.read_schema(first).remove_metadata()
     names = [feature.name for feature in spec.features]
     kept = [field for field in sample_schema if field.name not in names]
@@ -273,7 +258,7 @@ def sample_batches(folder: Path, samples: SampleManifest) -> Iterator[pa.RecordB
         file = folder / part.path
         if not file.exists():
             raise DataError(f"{file} is missing; run `plait samples build` again")
-        with corrupt_part(file), pq.ParquetFile(file) as parquet:
+        with corrupt_part(file, again=SAMPLES_AGAIN), pq.ParquetFile(file) as parquet:
             yield from parquet.iter_batches(batch_size=65_536)
 
 

@@ -161,19 +161,18 @@ class Dataset:
 
 
 class corrupt_part:
-    """Turns pyarrow's errors while reading `file` into a DataError that names it."""
+    """Turns pyarrow's errors while reading `file` into a DataError that names it, and what to do: `again`."""
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def __init__(self, file: Path, *, again: str = "delete its dataset folder and build it again") -> None:
+        self.file, self.again = file, again
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError | pa.ArrowException):
-            raise DataError(
-                f"{self.file} cannot be read ({error}); delete its dataset folder and build it again"
-            ) from error
+            reason = " ".join(str(error).split())
+            raise DataError(f"{self.file} cannot be read ({reason}); {self.again}") from error
 
 
 def find_datasets(root: Path) -> list[Dataset]:

@@ -55,6 +55,7 @@ class Engine:
     connection: BaseBackend
     scratch: Path
     _cached: list[Any] = field(default_factory=list)
+    _files: list[str] = field(default_factory=list)  # what was read, to find the part that an error is about
 
     def read_parquet(self, source: Path | Sequence[Path], columns: Sequence[str] | None = None) -> ir.Table:
         """A folder of parquet parts (or the files themselves) as one table; `columns` keeps only those.
@@ -64,6 +65,7 @@ class Engine:
         files = parquet_files(source)
         check_parquet(files)
         paths = [str(file) for file in files]
+        self._files += paths
         if self.name == "duckdb":
             table = self.connection.read_parquet(paths, table_name=_name("parquet"), union_by_name=True)
         else:
@@ -75,6 +77,7 @@ class Engine:
 
         files: in order of their names. base: the folder below which `key=value` folders are columns.
         """
+        self._files += files
         if self.name == "duckdb":
             name = _name("written")
             listed = ", ".join("'" + file.replace("'", "''") + "'" for file in files)
@@ -213,12 +216,18 @@ def _duckdb(folder: Path, memory: str, threads: int | None) -> Iterator[Engine]:
         yield engine
     except duckdb.OutOfMemoryException as error:
         raise StoreError(f"DuckDB ran out of its {memory}: {error}; give more with --memory or PLAIT_MEMORY") from error
-    except duckdb.IOException as error:
-        raise StoreError(
-            f"DuckDB cannot read its input or spill into {folder}: {error}; if the disk is full, make room there or "
-            "let TMPDIR name a larger disk"
-        ) from error
+    except duckdb.ProgrammingError as error:
+        raise DataError(f"DuckDB cannot compute this: {error}") from error
     except duckdb.Error as error:
+        from plait.stores.asof_engine import broken_parts
+
+        if engine is not None and (broken := broken_parts(engine._files)):
+            raise DataError(f"corrupt parquet: {broken}; restore it, or delete it and write that part again") from error
+        if isinstance(error, duckdb.IOException):
+            raise StoreError(
+                f"DuckDB cannot read its input or spill into {folder}: {error}; if the disk is full, make room there "
+                "or let TMPDIR name a larger disk"
+            ) from error
         raise DataError(f"DuckDB cannot compute this: {error}") from error
     finally:
         if engine is not None:
