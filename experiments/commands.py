@@ -231,6 +231,27 @@ def show(version: int | None) -> None:
 
 
 @experiments.command()
+@click.option("--older-than", "days", default=30.0, show_default=True, type=click.FloatRange(0), help="Days over.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be forgotten.")
+def prune(days: float, dry_run: bool) -> None:
+    """Forget the sticky arms of experiments that have been stopped, ended or removed for --older-than days."""
+    from datetime import timedelta
+
+    from experiments.prune import prunable
+    from experiments.prune import prune as forget
+    from plait.clock import Clock
+
+    home = find_home()
+    store = _store(home)
+    found = prunable(store, older_than=timedelta(days=days), replay=Clock.of(home).offset)
+    for each in found:
+        since = f"over since {each.over_since:%Y-%m-%d %H:%M}Z" if each.over_since else "in no version that is kept"
+        click.echo(f"{each.experiment}: {each.n_rows:,} units, {since}")
+    if not dry_run:
+        click.echo(f"{forget(store, found):,} sticky arms forgotten")
+
+
+@experiments.command()
 def schema() -> None:
     """The JSON Schema of the configuration, for editors."""
     from experiments.shape import schema as read_schema

@@ -13,6 +13,7 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -113,6 +114,7 @@ class LiveConfig:
             raise SpecError("the store holds no version any more")
         self._sticky.flush(timeout_s=1.0)  # arms given under the old weights are stored before the new ones count
         snapshot = Snapshot.of(head.document, version=head.version, sticky=self._sticky)
+        self._sticky.forget_others(_running(self.snapshot) & _running(snapshot))
         self.policies.poll(snapshot)  # first, so that a bandit never serves its weights between two swaps
         snapshot = snapshot.with_policies(self.policies.stored)
         self.snapshot, self.source, self._key = snapshot, "store", (head.version, head.digest)
@@ -153,3 +155,10 @@ class LiveConfig:
                 self.poll()
             except Exception:
                 logger.exception("experiments: poll failed; version %s goes on serving", self.snapshot.version)
+
+
+def _running(snapshot: Snapshot) -> set[str]:
+    """Names of what is neither stopped nor, by the wall's clock, over."""
+    now = datetime.now(UTC)
+    experiments = snapshot.spec.experiments.values()
+    return {each.name for each in experiments if each.state != "stopped" and (each.end is None or now < each.end)}

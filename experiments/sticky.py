@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from datetime import UTC, datetime
@@ -113,6 +113,12 @@ class StickyStore:
         except queue.Full:
             return False
         return done.wait(timeout_s)
+
+    def forget_others(self, experiments: Collection[str]) -> None:
+        """Drop from memory, not from the table, the arms of all other experiments: the table may be pruned of them."""
+        with self._lock:
+            for key in [key for key in self._known if key[0] not in experiments]:
+                del self._known[key]
 
     def _remember(self, key: Key, arm: str) -> None:
         with self._lock:

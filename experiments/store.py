@@ -90,9 +90,11 @@ class ConfigStore:
             raise NoVersionError(f"no version {version} of the experiments' configuration; {known}")
         return _version(row)
 
-    def history(self, limit: int = 100) -> list[ConfigVersion]:
-        """The newest versions, newest first; one whose document cannot be read any more has an empty one."""
-        rows = self._read(sa.select(config_versions).order_by(config_versions.c.version.desc()).limit(limit))
+    def history(self, limit: int = 100, *, before: int | None = None) -> list[ConfigVersion]:
+        """The newest versions (older than `before`), newest first; one whose document cannot be read any more has an
+        empty one."""
+        query = sa.select(config_versions).order_by(config_versions.c.version.desc()).limit(limit)
+        rows = self._read(query if before is None else query.where(config_versions.c.version < before))
         return [_version(row, damaged_ok=True) for row in rows]
 
     def latest(self) -> ConfigVersion | None:

@@ -143,7 +143,9 @@ class PostgresServer:
         assert done.returncode == 0, done.stderr
 
     def start(self) -> None:
-        """Start it and wait until it answers."""
+        """Start it, unless it runs, and wait until it answers."""
+        if self._process is not None:
+            return
         settings = ("fsync=off", "listen_addresses=127.0.0.1", "unix_socket_directories=", "timezone=Asia/Kolkata")
         command = [str(self._binaries / "postgres"), "-D", "data", "-p", str(self.port)]
         for setting in settings:  # not UTC: a time that is not read as UTC then shows

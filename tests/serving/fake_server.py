@@ -1,6 +1,7 @@
 """A real server process with fake parts: `python fake_server.py PORT WORKERS`. Feature reads take SLOW_S seconds.
 
 With LOG_HOME it writes a real log there, of MAX_QUEUE frames, to a disk that takes SLOW_DISK_S seconds for each write.
+With ADMIN_HOME it follows a real store of experiments and API keys there, and requires keys.
 """
 
 from __future__ import annotations
@@ -21,11 +22,30 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2]), str(
 def load(folder: Path) -> object:
     from conftest import make_world
 
-    home = os.environ.get("LOG_HOME")
-    context = real_log(Path(home), folder) if home else make_world(folder)
+    context = make_world(folder)
+    if home := os.environ.get("LOG_HOME"):
+        context = real_log(Path(home), folder)
+    elif home := os.environ.get("ADMIN_HOME"):
+        context = make_world(folder, **real_stores(Path(home)))
     world = context.__enter__()
     world.reader.before = lambda: time.sleep(float(os.environ.get("SLOW_S", "0")))
     return world.app
+
+
+def real_stores(project: Path) -> dict[str, Any]:
+    from experiments.live import LiveConfig
+    from experiments.store import ConfigStore
+    from plait.keys import KeyStore
+    from plait.settings import Home
+    from serving.admin import Admin
+    from serving.keyring import KeyRing
+
+    home = Home(project=project, root=project / ".plait")
+    store, keys = ConfigStore.at(home), KeyRing(KeyStore(home), home.root / "api-keys.json").start()
+    return {
+        "experiments": LiveConfig(store).start(),
+        "admin": Admin(store=store, keys=keys, require_keys=True),
+    }
 
 
 @contextmanager
