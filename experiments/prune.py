@@ -40,7 +40,8 @@ def prunable(
 ) -> list[Prunable]:
     """Experiments with sticky rows that have been over for at least `older_than`. StoreError without database.
 
-    now: by the wall's clock, as versions are dated; replay: what the home's clock, by which experiments end, adds to it.
+    now: by the wall's clock, as versions are dated; replay: what the home's clock adds to it, by which
+    experiments end.
     """
     now = now or datetime.now(UTC)
     counts = _counts(store)
