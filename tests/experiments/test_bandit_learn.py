@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
 
+from experiments import decisions as decisions_module
 from experiments import learn_commands
 from experiments.exposure import exposure_record
 from experiments.learn import Learned, learn
@@ -137,7 +138,8 @@ CASES = [
 
 @pytest.mark.parametrize("options", CASES)
 @pytest.mark.parametrize("seed", range(4))
-def test_thompson_counts_what_a_plain_loop_counts(home, seed, options):
+def test_thompson_counts_what_a_plain_loop_counts(home, seed, options, monkeypatch):
+    monkeypatch.setattr(decisions_module, "_SLICE_ROWS", 60)  # several slices of so small a log
     exposures, clicks = random_log(seed)
     write(home, "exposures", exposures[:90])
     write(home, "exposures", exposures[90:], part=1)

@@ -68,6 +68,17 @@ def test_versions_count_up_and_an_equal_policy_writes_none(home):
     assert [key[:2] for key in policies.keys(["e", "f", "g"])] == [("e", 2), ("f", 1)]
 
 
+def test_of_two_learners_at_once_one_writes_and_the_other_is_told(home, monkeypatch):
+    put(home, learned(0.6))
+    slow = store(home)
+    seen = slow.keys(["e"])
+    put(home, learned(0.7))
+    monkeypatch.setattr(slow, "keys", lambda _: seen)  # what it read before the other wrote
+    with pytest.raises(StoreError, match="another learner"):
+        slow.put("e", learned(0.8), author="ben", at=AT)
+    assert store(home).get("e").document == learned(0.7)
+
+
 def test_old_versions_are_dropped_in_the_end(home, monkeypatch):
     monkeypatch.setattr(policy_store, "KEPT", 3)
     for i in range(6):
