@@ -7,7 +7,7 @@ from typing import Any
 
 from flask import Flask, Response, request
 
-from plait.errors import RequestError
+from plait.errors import RequestError, StoreError
 from serving.jsonio import json_response
 from serving.parts import ClockLike, Experiments, Registry
 from serving.pool import ModelPool
@@ -27,7 +27,11 @@ def install_info(
 
     @app.get("/v1/models")
     def models() -> Response:
-        return json_response({**pool.status(), "registered": registered_models(registry)})
+        try:
+            registered: dict[str, Any] = {"registered": registered_models(registry)}
+        except StoreError as error:  # what this worker holds can be told all the same
+            registered = {"registered": [], "registry_error": str(error)}
+        return json_response({**pool.status(), **registered})
 
     @app.get("/v1/assignments")
     def assignments() -> Response:

@@ -268,6 +268,16 @@ def _schemas() -> Schema:
         created={"type": ["string", "null"]},
         metrics={"type": "object"},
     )
+    models = _closed(
+        models={"type": "array", "items": loaded},
+        failed={"type": "array", "items": _closed(ref=string, error=string)},
+        registered={
+            "type": "array",
+            "items": _closed(name=string, versions={"type": "array", "items": registered_version}),
+        },
+        registry_error={**string, "description": "Why the registry could not be asked."},
+    )
+    models["required"] = ["models", "failed", "registered"]
     problem = _object(
         type=string, title=string, status=integer, detail=string, instance=string, request_id=string,
         pointer=string, error=string,
@@ -298,14 +308,7 @@ def _schemas() -> Schema:
             events={"type": "array", "minItems": 1, "maxItems": MAX_EVENTS, "items": event},
         ),
         "EventsResponse": _closed(accepted=integer, duplicates=integer),
-        "ModelsResponse": _closed(
-            models={"type": "array", "items": loaded},
-            failed={"type": "array", "items": _closed(ref=string, error=string)},
-            registered={
-                "type": "array",
-                "items": _closed(name=string, versions={"type": "array", "items": registered_version}),
-            },
-        ),
+        "ModelsResponse": models,
         "AssignmentResponse": _closed(
             unit=string,
             units={"type": "object", "additionalProperties": string},

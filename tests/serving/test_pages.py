@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from plait.errors import StoreError
 from serving.metrics import forget_dead_workers, quantile
 
 
@@ -76,6 +77,16 @@ def test_models_lists_loaded_failed_and_registered(world: Any) -> None:
     assert [(m["name"], m["version"]) for m in answer["models"]] == [("deepfm", "1"), ("lightgbm", "1")]
     assert [m["name"] for m in answer["registered"]] == ["deepfm", "lightgbm", "logistic"]
     assert answer["registered"][0]["versions"][0]["version"] == "2", "newest first"
+
+
+def test_models_lists_what_is_loaded_while_the_registry_is_gone(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone() -> list[str]:
+        raise StoreError("the model registry does not answer (gone); nothing was changed")
+
+    monkeypatch.setattr(world.registry, "names", gone)
+    answer = world.client.get("/v1/models").get_json()
+    assert [m["name"] for m in answer["models"]] == ["deepfm", "lightgbm"]
+    assert answer["registered"] == [] and "does not answer" in answer["registry_error"]
 
 
 def test_assignments_explain_a_unit_without_exposing_it(world: Any) -> None:
