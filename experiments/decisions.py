@@ -7,15 +7,16 @@ reward type names its request, else 0.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 
 import duckdb
+import pyarrow as pa
 
-from experiments.report_events import define_view, micros, quote, readable
+from experiments.report_events import define_view, event_schema, micros, quote, readable
 from experiments.spec import Experiment
 
 _SLICE_ROWS = 2_000_000
@@ -42,6 +43,7 @@ def decision_tables(
     until: datetime,
     *,
     since: datetime | None = None,
+    tail: Mapping[str, pa.Table] | None = None,
     memory: str = "1000MB",
     threads: int = 2,
 ) -> Iterator[tuple[duckdb.DuckDBPyConnection, DecisionCounts]]:
@@ -50,6 +52,7 @@ def decision_tables(
     weight: by half-life, against the newest decision; of a bandit by unit, all of a unit's decisions on one arm count
     together as its newest one. Sums of weights are exact, so that the order of rows does not matter.
     since, until: aware; decisions from `since` on, up to `wait` before `until`, and what was earned before `until`.
+    tail: exposures and feedback that are not in the event tables yet (`unrolled`); rows that are in both count once.
     Raises DataError for event tables that cannot be read.
     """
     with tempfile.TemporaryDirectory(prefix="plait-decisions-") as scratch, duckdb.connect() as db:
@@ -58,6 +61,7 @@ def decision_tables(
         with readable(events):
             for table in ("exposures", "feedback"):
                 define_view(db, events, table)
+                db.register(f"{table}_tail", (tail or {}).get(table, event_schema(table).empty_table()))
             yield db, _build(db, experiment, since, until)
 
 
@@ -73,6 +77,13 @@ def _build(
     if bandit.half_life is not None:
         half_life_us = bandit.half_life // timedelta(microseconds=1)
         window += f" AND timestamp > make_timestamptz({last - _FORGOTTEN * half_life_us})"
+    exposures, feedback = (
+        f"(SELECT {columns} FROM {table} UNION ALL SELECT {columns} FROM {table}_tail)"
+        for table, columns in (
+            ("exposures", "experiment, timestamp, request_id, unit, arm, propensity, context, forced"),
+            ("feedback", "type, timestamp, request_id"),
+        )
+    )
     arms = ", ".join(quote(arm.name) for arm in experiment.arms)
     usable = f"arm IN ({arms}) AND propensity > 0 AND propensity <= 1 AND unit IS NOT NULL AND request_id IS NOT NULL"
     drawn = "NOT coalesce(forced, false) AND propensity IS NOT NULL"
@@ -80,7 +91,7 @@ def _build(
         SELECT count(*), count(*) FILTER (coalesce(forced, false)),
                count(*) FILTER (NOT coalesce(forced, false) AND propensity IS NULL),
                count(*) FILTER ({drawn} AND NOT coalesce({usable}, false))
-        FROM exposures WHERE {window}""").fetchone()
+        FROM {exposures} WHERE {window}""").fetchone()
     assert counted is not None
     n_exposures, n_forced, n_split, n_unusable = counted
     n_slices = max(-(-n_exposures // _SLICE_ROWS), 1)
@@ -95,9 +106,9 @@ def _build(
             SELECT request_id, unit,
                    arg_min({{'arm': arm, 'propensity': propensity, 'context': context, 'ts': epoch_us(timestamp)}},
                            (timestamp, arm, propensity)) AS f
-            FROM exposures WHERE {window} AND {drawn} AND {usable} AND {mine} GROUP BY 1, 2),
+            FROM {exposures} WHERE {window} AND {drawn} AND {usable} AND {mine} GROUP BY 1, 2),
         paid AS (
-            SELECT DISTINCT request_id FROM feedback
+            SELECT DISTINCT request_id FROM {feedback}
             WHERE type = {quote(bandit.reward)} AND request_id IS NOT NULL AND {mine}
               AND timestamp < make_timestamptz({micros(until)}))
         SELECT unit, f.arm AS arm, f.propensity AS propensity, f.context AS context, f.ts AS ts,

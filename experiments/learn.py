@@ -15,6 +15,7 @@ from typing import Any
 
 import duckdb
 import numpy as np
+import pyarrow as pa
 
 from experiments.bandits import LinearBandit, ThompsonSampling
 from experiments.decisions import DecisionCounts, decision_tables
@@ -35,15 +36,17 @@ class Learned:
     document: Mapping[str, Any] | None
 
 
-def learn(events: Path, experiment: Experiment, until: datetime) -> Learned:
-    """The policy of `experiment` from the event tables under `events`, as of `until` (aware).
+def learn(
+    events: Path, experiment: Experiment, until: datetime, *, tail: Mapping[str, pa.Table] | None = None
+) -> Learned:
+    """The policy of `experiment` from the event tables under `events`, and `tail`, as of `until` (aware).
 
     Raises SpecError if the experiment is no bandit, DataError for event tables that cannot be read.
     """
     bandit = experiment.bandit
     if bandit is None:
         raise SpecError(f"{experiment.name} is no bandit; give it a `bandit` block (docs/experiments.md, Bandits)")
-    with decision_tables(events, experiment, until) as (db, counts):
+    with decision_tables(events, experiment, until, tail=tail) as (db, counts):
         if counts.newest_us is None:
             return Learned(experiment=experiment.name, counts=counts, without_context=0, document=None)
         head: dict[str, Any] = {

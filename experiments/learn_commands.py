@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from datetime import datetime
@@ -15,6 +16,9 @@ from experiments.policy_store import PolicyStore
 from experiments.spec import Experiment, ExperimentsSpec
 from plait.errors import PlaitError, SpecError, UnknownNameError
 from plait.settings import Home, find_home
+
+_ROLL_EVERY_S = 600.0
+"""While following: a roll writes a part per worker, and every half minute would be too many files."""
 
 
 @click.command("learn")
@@ -46,10 +50,13 @@ def learn_command(experiment: str | None, follow: bool, every: str, dry_run: boo
             run_once(home, live.snapshot.spec, policies, experiment, author=name, dry_run=dry_run)
             return
         wanted(live.snapshot.spec, experiment)  # a wrong name is told at once; later a bandit may come and go
+        rolled = -math.inf
         while True:
             try:
                 live.poll()
-                run_once(home, live.snapshot.spec, policies, experiment, author=name, dry_run=dry_run)
+                due = time.monotonic() - rolled >= _ROLL_EVERY_S
+                run_once(home, live.snapshot.spec, policies, experiment, author=name, dry_run=dry_run, rolling=due)
+                rolled = time.monotonic() if due else rolled
             except PlaitError as error:
                 click.echo(f"{error}; trying again in {every}", err=True)
             time.sleep(every_s)
@@ -93,16 +100,22 @@ def run_once(
     *,
     author: str,
     dry_run: bool = False,
+    rolling: bool = True,
 ) -> dict[str, int | None]:
-    """Learn each wanted bandit from the log as it is now; experiment → its policy's version (None: no decision)."""
-    from plait.clock import Clock
-    from plait.eventlog import roll
+    """Learn each wanted bandit from the log as it is now; experiment → its policy's version (None: no decision).
 
-    roll(home)
+    rolling: move the log into the event tables first, else read its tail where it lies.
+    """
+    from plait.clock import Clock
+    from plait.eventlog import roll, unrolled
+
+    if rolling:
+        roll(home)
+    tail = unrolled(home)
     now = Clock.of(home).now()
     versions: dict[str, int | None] = {}
     for each in wanted(spec, experiment):
-        learned = learn(home.events, each, now)
+        learned = learn(home.events, each, now, tail=tail)
         versions[each.name] = None
         outcome = "no policy yet; the weights serve"
         policy = initial_policy(each)

@@ -146,6 +146,11 @@ def _check_bandits(spec: ExperimentsSpec, problems: Problems) -> None:
             problems.add((*path, "sticky"), "a bandit moves units to better arms, and sticky keeps them: choose one")
         if layer is not None and layer.launch:
             problems.add((*path, "bandit"), "a launch layer moves defaults; put the bandit into an ordinary layer")
+        for key in ("primary", "metrics", "guardrails"):
+            if getattr(experiment, key):
+                problems.add(
+                    (*path, key), "a bandit is reported on by its reward alone; this is not judged", warning=True
+                )
         if bandit.floor * len(experiment.arms) > N_BUCKETS:
             problems.add(
                 (*path, "bandit", "floor"), f"{len(experiment.arms)} arms cannot all keep {bandit.floor / 100:g} %"

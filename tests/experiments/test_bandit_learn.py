@@ -30,7 +30,7 @@ from experiments.store import ConfigStore
 from plait.cli import cli
 from plait.clock import Clock
 from plait.errors import StoreError
-from plait.eventlog import EXPOSURES, FEEDBACK, EventLog, log_folder
+from plait.eventlog import EXPOSURES, FEEDBACK, EventLog, log_folder, unrolled
 from plait.settings import Home
 
 START = datetime(2026, 3, 1, tzinfo=UTC)
@@ -266,6 +266,23 @@ def test_a_dry_run_writes_nothing(home):
     assert policies.get("e") is None
     plait("learn")
     assert "policy 1 already says this" in plait("learn", "--dry-run").output
+
+
+def test_the_tail_of_the_log_is_learned_from_before_it_is_rolled(home):
+    """By reading it where it lies, or by rolling it first, or with some rows in both: the same policy."""
+    policies, spec = ready(home), Snapshot.of(document()).spec
+    log = EventLog(log_folder(home), "serve")
+    log.append("exposure", [{**exposure(500, 1, "b"), "timestamp": 1772330400000000}])
+    log.append("feedback", [{**click(500, 2, "r500"), "timestamp": 1772334000000000, "created": 1772334000000000}])
+    run_once(home, spec, policies, "e", author="anna", rolling=False)
+    assert not list((home.events / "exposures").glob("log-*"))
+    before = policies.get("e").document
+    assert (before["decisions"], before["arms"]["b"]["successes"]) == (91, 1.0)
+    tail = unrolled(home)
+    assert run_once(home, spec, policies, "e", author="anna") == {"e": 1}
+    assert list((home.events / "exposures").glob("log-*"))
+    assert learn(home.events, spec.experiments["e"], Clock.of(home).now(), tail=tail).document == before
+    log.close()
 
 
 def test_a_crash_on_the_way_counts_nothing_twice(home, monkeypatch):

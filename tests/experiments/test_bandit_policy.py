@@ -121,6 +121,11 @@ def test_a_wrong_bandit_is_told_with_its_line(old, new, line, said):
     assert said in found[0]
 
 
+def test_metrics_of_a_bandit_are_warned_about():
+    _, found = check(read_text(YAML + "    primary: click_rate\n", file="e.yaml"))
+    assert [(problem.warning, "not judged" in problem.message) for problem in found] == [(True, True)]
+
+
 def test_a_bandit_of_one_arm_chooses_nothing():
     text = YAML.replace("      b: {weight: 3, values: {p.x: 2}}\n", "").replace("weight: 97", "weight: 100")
     assert any("two or more arms" in problem for problem in problems(text))

@@ -8,6 +8,7 @@ from plait.eventlog.rolling import (
     RollReport,
     log_folder,
     roll,
+    unrolled,
 )
 from plait.eventlog.segments import EventLog, read_segment
 
@@ -21,4 +22,5 @@ __all__ = [
     "log_folder",
     "read_segment",
     "roll",
+    "unrolled",
 ]

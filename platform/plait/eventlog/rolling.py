@@ -134,6 +134,31 @@ def roll(home: Home) -> RollReport:
         return RollReport(**totals)
 
 
+def unrolled(home: Home) -> dict[str, pa.Table]:
+    """The feedback and exposures that no roll has moved yet. Nothing is written.
+
+    Read it before the event tables: after a roll meanwhile rows are in both, for the reader to count once, never in none.
+    """
+    folder = log_folder(home)
+    feedback: list[dict[str, Any]] = []
+    exposures: list[dict[str, Any]] = []
+    offsets = _read_offsets(folder)
+    for segment in sorted([*folder.glob(f"*{CLOSED}"), *folder.glob(f"*{OPEN}")]):
+        start = offsets.get(segment.name.removesuffix(OPEN).removesuffix(CLOSED), 0)
+        try:
+            for _, kind, records in read_segment(segment, start):
+                if kind == "exposure":
+                    exposures.extend(records)
+                elif kind == "feedback":
+                    feedback.extend({"created": record["timestamp"], **record} for record in records)
+        except FileNotFoundError:
+            continue  # closed, or rolled away, just now: it is found in the tables, or next time
+    return {
+        "feedback": pa.Table.from_pylist(feedback, schema=FEEDBACK),
+        "exposures": pa.Table.from_pylist(exposures, schema=EXPOSURES),
+    }
+
+
 def _collect(segment: Path, start: int, known: set[str]) -> tuple[int, dict[str, pa.Table], int]:
     impressions: list[dict[str, Any]] = []
     feedback: list[dict[str, Any]] = []
