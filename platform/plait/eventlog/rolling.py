@@ -137,7 +137,8 @@ def roll(home: Home) -> RollReport:
 def unrolled(home: Home) -> dict[str, pa.Table]:
     """The feedback and exposures that no roll has moved yet. Nothing is written.
 
-    Read it before the event tables: after a roll meanwhile rows are in both, for the reader to count once, never in none.
+    Read it before the event tables: after a roll meanwhile rows are in both (the reader counts them once), never in
+    neither.
     """
     folder = log_folder(home)
     feedback: list[dict[str, Any]] = []
