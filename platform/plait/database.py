@@ -22,6 +22,16 @@ from plait.settings import Home
 VARIABLE = "PLAIT_DATABASE_URL"
 _PATIENCE_S = 30  # how long a writer waits for another one of the same SQLite file
 _CONNECT_S = 5  # how long a database server may take to answer
+# A server that vanished from the network is noticed in seconds, and no statement waits for a lock for ever.
+_POSTGRES = {
+    "connect_timeout": _CONNECT_S,
+    "application_name": "plait",
+    "keepalives_idle": _CONNECT_S,
+    "keepalives_interval": 1,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 1000 * _CONNECT_S,
+    "options": "-c statement_timeout=60s -c lock_timeout=30s",
+}
 _ADVISORY_LOCK = 0x706C616974  # "plait": held while tables are made, so that of many processes one makes them
 
 _stamps = sa.Table(
@@ -77,7 +87,8 @@ def open_database(home: Home | None, url: str | None = None) -> sa.Engine:
     else:
         options = {"pool_pre_ping": True, "pool_timeout": _CONNECT_S}
         if backend == "postgresql":
-            options["connect_args"] = {"connect_timeout": _CONNECT_S, "application_name": "plait"}
+            own = {key: value for key, value in _POSTGRES.items() if key not in parsed.query}
+            options["connect_args"] = own  # what the URL says goes first
     try:
         return sa.create_engine(parsed, **options)
     except ModuleNotFoundError as error:

@@ -62,6 +62,16 @@ def test_a_password_is_in_no_message(home, find_port):
     assert "s3cret" not in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.postgres
+def test_no_statement_waits_for_ever_unless_the_url_says_so(home, postgres):
+    url = postgres.new_database()
+    for given, expected in ((url, "1min"), (f"{url}?options=-c%20statement_timeout%3D7s", "7s")):
+        engine = open_database(home, given)
+        with engine.connect() as db:
+            assert db.exec_driver_sql("SHOW statement_timeout").scalar() == expected
+        engine.dispose()
+
+
 def test_many_processes_at_once_make_the_tables_once(home, database):
     barrier, errors = threading.Barrier(8), []
 

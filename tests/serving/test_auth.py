@@ -146,7 +146,7 @@ def test_keys_outlive_their_database_and_a_restart(home: Home) -> None:
     file = home.root / "keys.json"
     _, token = KeyStore(home).create("app", ["predict"], author="anna")
     ring = KeyRing(KeyStore(home), file)
-    assert stat.S_IMODE(file.stat().st_mode) == 0o600 and token.split("_")[2] not in file.read_text()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600 and token.split("_", 2)[2] not in file.read_text()
     home.plait_db.unlink()
     home.plait_db.mkdir()
     ring._store._engine.dispose()
