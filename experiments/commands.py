@@ -23,6 +23,9 @@ _LATE = {
     "power": ("report_commands", "power"),
     "learn": ("learn_commands", "learn_command"),
     "policies": ("learn_commands", "policies_command"),
+    "interleaving": ("beyond_commands", "interleaving"),
+    "offpolicy": ("beyond_commands", "offpolicy"),
+    "uplift": ("beyond_commands", "uplift"),
 }
 
 

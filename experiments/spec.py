@@ -27,7 +27,10 @@ ParameterType = Literal["string", "int", "float", "bool", "list", "model"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parameter:
-    """A knob that code reads. Type "model" is a text that names a registered model ("deepfm", "deepfm:3")."""
+    """A knob that code reads. Type "model" is a text that names a registered model ("deepfm", "deepfm:3").
+
+    Empty text, for no model, is only a value where it is the default.
+    """
 
     name: str
     type: ParameterType
@@ -41,6 +44,8 @@ class Parameter:
         """Why `value` cannot be a value of this parameter; None if it can."""
         if not _TYPE_TESTS[self.type](value):
             return f"{value!r} is not of type {self.type}"
+        if self.type == "model" and not value and self.default:
+            return "'' names no model; only a parameter whose default is empty may be empty"
         if self.allowed is not None and value not in self.allowed:
             return f"{value!r} is not among the allowed {list(self.allowed)!r}"
         if self.minimum is not None and value < self.minimum:
@@ -52,7 +57,7 @@ class Parameter:
 
 _TYPE_TESTS = {
     "string": lambda v: isinstance(v, str),
-    "model": lambda v: isinstance(v, str) and bool(v),
+    "model": lambda v: isinstance(v, str),
     "bool": lambda v: isinstance(v, bool),
     "int": lambda v: isinstance(v, int) and not isinstance(v, bool),
     "float": lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < float("inf"),

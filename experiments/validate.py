@@ -255,11 +255,12 @@ def _check_models(spec: ExperimentsSpec, problems: Problems, models: Iterable[st
 
 
 def model_references(spec: ExperimentsSpec) -> Iterator[tuple[Path_, str]]:
-    """Every model that a default or an arm of an unstopped experiment names, and where."""
+    """Every model that a default or an arm of an unstopped experiment names, and where; empty text names none."""
     models = {name for name, parameter in spec.parameters.items() if parameter.type == "model"}
     for name in models:
-        yield ("parameters", name, "default"), spec.parameters[name].default
+        if spec.parameters[name].default:
+            yield ("parameters", name, "default"), spec.parameters[name].default
     for experiment in _unstopped(spec):
         for arm in experiment.arms:
-            for name in models & arm.values.keys():
+            for name in sorted(name for name in models & arm.values.keys() if arm.values[name]):
                 yield ("experiments", experiment.name, "arms", arm.name, "values", name), arm.values[name]

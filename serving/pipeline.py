@@ -23,10 +23,12 @@ from serving.metrics import Metrics
 from serving.parts import AssignmentLike, ClockLike, Experiments, Log, Rows, ServingModel
 from serving.pool import ModelPool
 from serving.queries import PredictQuery, microseconds
+from serving.slate import METHODS, Slate, explored_slate, interleaved_slate, sorted_slate
 
 logger = logging.getLogger("serving")
 
 MODEL, EXCLUDE_SEEN, MAX_CANDIDATES = "rank.model", "recall.exclude_seen", "recall.max_candidates"
+INTERLEAVE_WITH, INTERLEAVE_METHOD, EXPLORATION = "rank.interleave_with", "rank.interleave_method", "rank.exploration"
 
 
 @dataclass(slots=True)
@@ -42,6 +44,7 @@ class Answer:
     item_ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     scores: np.ndarray | None = None
     known: np.ndarray = field(default_factory=lambda: np.empty(0, bool))
+    slate: Slate | None = None
     request_features: pa.Table | None = None
     candidate_features: pa.Table | None = None
     degraded: list[str] = field(default_factory=list)
@@ -125,7 +128,7 @@ class Predictor:
         mark = self._lap(stages, "features", mark)
 
         scores = self._score(answer, item_ids, rows)
-        self._sort(answer, item_ids, scores, rows)
+        self._show(answer, self._slate(answer, assignment, item_ids, scores), item_ids, scores, rows)
         mark = self._lap(stages, "score", mark)
 
         if assignment is not None:
@@ -280,16 +283,52 @@ class Predictor:
         answer.model = None
         return None
 
-    def _sort(self, answer: Answer, item_ids: np.ndarray, scores: np.ndarray | None, rows: Rows) -> None:
-        if scores is None:
-            best = np.arange(len(item_ids))[: answer.query.top_k]
-        else:
-            best = np.lexsort((item_ids, -scores))[: answer.query.top_k]  # equal scores go to the lower item_id
-        answer.item_ids = item_ids[best]
-        answer.scores = None if scores is None else scores[best]
-        answer.known = ~rows.unknown[best]
+    def _slate(
+        self, answer: Answer, assignment: AssignmentLike | None, item_ids: np.ndarray, scores: np.ndarray | None
+    ) -> Slate:
+        """What is shown. A model that the caller named is shown as it ranks: it takes part in no experiment."""
+        k = min(answer.query.top_k, len(item_ids))
+        plain = sorted_slate(item_ids, scores, k)
+        if scores is None or not k or assignment is None or answer.query.model is not None:
+            return plain
+        other = self._parameter(assignment, INTERLEAVE_WITH, "")
+        if other:
+            theirs = self._score_again(answer, str(other), item_ids)
+            method = str(self._parameter(assignment, INTERLEAVE_METHOD, METHODS[0]))
+            if theirs is None:
+                answer.degrade("not_interleaved")
+                return plain
+            return interleaved_slate(item_ids, scores, theirs, k, method, answer.request_id)
+        temperature = float(self._parameter(assignment, EXPLORATION, 0.0) or 0.0)
+        if temperature > 0:
+            return explored_slate(item_ids, scores, k, temperature, answer.request_id)
+        return plain
+
+    def _score_again(self, answer: Answer, ref: str, item_ids: np.ndarray) -> np.ndarray | None:
+        """The scores of a second model, by its own features; None if it cannot."""
+        model, query = self._pool.loaded(ref), answer.query
+        if model is None:
+            return None
+        candidates = pa.table({"item_id": pa.array(item_ids)})
+
+        def read() -> Rows:
+            return model.reader.read({"user_id": query.user_id}, candidates, context=query.context, now=answer.at)
+
+        try:
+            rows = self._reads.run(read, timeout_s=query.scene.features_timeout_ms / 1e3)
+            return _checked(model, query.user_id, item_ids, rows)
+        except Exception as error:
+            logger.error("request %s: %s could not score: %r", answer.request_id, model.ref, error)
+            return None
+
+    def _show(self, answer: Answer, slate: Slate, item_ids: np.ndarray, scores: np.ndarray | None, rows: Rows) -> None:
+        shown = slate.order
+        answer.slate = slate
+        answer.item_ids = item_ids[shown]
+        answer.scores = None if scores is None else scores[shown]
+        answer.known = ~rows.unknown[shown]
         answer.request_features = rows.request
-        answer.candidate_features = rows.candidates.take(pa.array(best))
+        answer.candidate_features = rows.candidates.take(pa.array(shown))
 
     # -- the log -----------------------------------------------------------------------------------------------------
 
@@ -352,10 +391,11 @@ class Predictor:
 def request_record(answer: Answer) -> dict[str, Any]:
     """What the event log keeps of one answer: its impressions and the features they were scored with.
 
-    propensity is the chance that this policy, in these arms, shows the item at its position: 1, for a sorted list.
+    propensity is the chance that this policy, in these arms, shows the item at its position, given the items above it:
+    1 for a sorted list, none for an interleaved one.
     """
-    request_features, candidate_features = answer.request_features, answer.candidate_features
-    assert request_features is not None and candidate_features is not None
+    request_features, candidate_features, slate = answer.request_features, answer.candidate_features, answer.slate
+    assert request_features is not None and candidate_features is not None and slate is not None
     n = len(answer.item_ids)
     rows = request_features.to_pylist()
     return {
@@ -368,7 +408,8 @@ def request_record(answer: Answer) -> dict[str, Any]:
         "items": answer.item_ids.tolist(),
         "positions": list(range(1, n + 1)),
         "scores": None if answer.scores is None else answer.scores.tolist(),
-        "propensities": [1.0] * n,
+        "propensities": None if slate.propensities is None else slate.propensities.tolist(),
+        "teams": None if slate.teams is None else list(slate.teams),
         "model": answer.model.name if answer.model else None,
         "model_version": answer.model.version if answer.model else None,
         "arms": [

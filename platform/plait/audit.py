@@ -161,12 +161,13 @@ def _served(rows: pa.Table, spec: ServiceSpec) -> tuple[pa.Table, list[str]]:
     columns = {}
     for feature in spec.features:
         if feature.name in names:
-            columns[feature.name] = _typed([record.get(feature.name) for record in logged], feature.dtype)
+            columns[feature.name] = typed([record.get(feature.name) for record in logged], feature.dtype)
     notes = [f"not logged: {', '.join(missing)}"] if missing else []
     return pa.table(columns), notes
 
 
-def _typed(values: list[Any], dtype: pa.DataType) -> pa.Array:
+def typed(values: list[Any], dtype: pa.DataType) -> pa.Array:
+    """Logged feature values, as JSON gives them back, as a column of their type."""
     if pa.types.is_timestamp(dtype):
         values = [None if value is None else datetime.fromisoformat(value).astimezone(UTC) for value in values]
     return pa.array(values, dtype)

@@ -12,16 +12,9 @@ import pytest
 from scipy import stats
 
 from experiments.bandits import LinearBandit, ThompsonSampling, explore
-from experiments.interleaving import (
-    Interleaved,
-    credit,
-    credit_test,
-    probabilistic,
-    probabilistic_credit,
-    softmax_rank,
-    team_draft,
-)
+from experiments.interleaving import credit, credit_test, probabilistic_credit
 from experiments.offpolicy import clipping_table, greedy_probabilities, importance_weights, policy_value
+from experiments.slates import Interleaved, probabilistic, softmax_rank, team_draft
 from experiments.stats.bayes import beta_posterior
 from experiments.uplift import fit_t_learner, uplift_quality
 from plait.errors import DataError, SpecError

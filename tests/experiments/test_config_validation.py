@@ -367,7 +367,14 @@ def test_the_shipped_configuration_is_valid():
     folder = Path(experiments.__path__[0])
     spec = load(read_folder(folder), models={"deepfm", "lightgbm"})
     defaults = {name: parameter.default for name, parameter in spec.parameters.items()}
-    assert defaults == {"rank.model": "deepfm", "recall.exclude_seen": False, "recall.max_candidates": 500}
+    assert defaults == {
+        "rank.model": "deepfm",
+        "rank.interleave_with": "",
+        "rank.interleave_method": "team_draft",
+        "rank.exploration": 0.0,
+        "recall.exclude_seen": False,
+        "recall.max_candidates": 500,
+    }
     assert {e.layer for e in spec.experiments.values()} == {"rank", "recall"}
 
 
