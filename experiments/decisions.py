@@ -61,7 +61,10 @@ def decision_tables(
         with readable(events):
             for table in ("exposures", "feedback"):
                 define_view(db, events, table)
-                db.register(f"{table}_tail", (tail or {}).get(table, event_schema(table).empty_table()))
+                db.register("arrow", (tail or {}).get(table, event_schema(table).empty_table()))
+                # A table of DuckDB's own: a join may push filters into a scan that Arrow tables cannot take.
+                db.execute(f"CREATE TEMP TABLE {table}_tail AS SELECT * FROM arrow")
+                db.unregister("arrow")
             yield db, _build(db, experiment, since, until)
 
 
