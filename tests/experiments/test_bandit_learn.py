@@ -285,20 +285,6 @@ def test_the_tail_of_the_log_is_learned_from_before_it_is_rolled(home):
     log.close()
 
 
-def test_a_large_log_with_a_small_tail_joins(home):
-    """So many rows that DuckDB pushes a filter of the join into the scans, which those of Arrow tables refuse."""
-    n = 30_000
-    write(home, "exposures", [exposure(i, i / n, "ab"[i % 2]) for i in range(n)])
-    write(home, "feedback", [click(i, 50, f"r{i}") for i in range(0, n, 300)])
-    tail = {
-        "exposures": pa.Table.from_pylist([exposure(n, 1, "b")], schema=EXPOSURES),
-        "feedback": pa.Table.from_pylist([click(n, 2, f"r{n}")], schema=FEEDBACK),
-    }
-    learned = learn(home.events, experiment(arms="ab"), START + timedelta(days=9), tail=tail)
-    assert learned.counts.decisions == n + 1
-    assert sum(arm["successes"] for arm in learned.document["arms"].values()) == 101
-
-
 def test_a_crash_on_the_way_counts_nothing_twice(home, monkeypatch):
     """Killed after the log was rolled and before the policy was written: the next run is as the first would be."""
     policies = ready(home)
