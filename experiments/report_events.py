@@ -166,8 +166,10 @@ def define_view(db: duckdb.DuckDBPyConnection, folder: Path, table: str) -> None
             f"CREATE TEMP VIEW {table} AS SELECT {_view_columns(db, folder, table)} FROM {_parts(folder, table)}"
         )
     else:
-        db.register(f"{table}_none", event_schema(table).empty_table())
-        db.execute(f"CREATE TEMP VIEW {table} AS SELECT * FROM {table}_none")
+        # A table of DuckDB's own: a join may push filters into a scan that those of Arrow tables cannot take.
+        db.register("none", event_schema(table).empty_table())
+        db.execute(f"CREATE TEMP TABLE {table} AS SELECT * FROM none")
+        db.unregister("none")
 
 
 def event_schema(table: str) -> pa.Schema:
