@@ -36,6 +36,7 @@ from plait.aggregates.manifest import (
     write_manifest,
 )
 from plait.aggregates.plan import Plan
+from plait.aggregates.sources import check_sources, corrupt_part_named
 from plait.aggregates.spec import ATTRIBUTE_KEYS, AggregateSpec
 from plait.aggregates.tables import (
     AT,
@@ -48,7 +49,7 @@ from plait.aggregates.tables import (
     seen_at_end,
 )
 from plait.errors import StoreError
-from plait.files import atomic_file, atomic_folder
+from plait.files import atomic_file, atomic_folder, full_disk_told
 from plait.offline.engine import Engine, open_engine
 
 if TYPE_CHECKING:
@@ -92,7 +93,8 @@ def build_view(
     """
     started = time.monotonic()
     until_us = round(until.timestamp() * 1_000_000)
-    with _only_builder(home, spec.name), open_engine(engine, memory=memory) as running:
+    with _only_builder(home, spec.name), corrupt_part_named(home, spec), open_engine(engine, memory=memory) as running:
+        check_sources(home, spec)
         builder = _Builder(home, spec, running, until_us, shard_rows, on_shard)
         mode, rows, retiled = builder.build(full)
     return BuildReport(view=spec.name, mode=mode, rows=rows, retiled_keys=retiled, seconds=time.monotonic() - started)
@@ -143,6 +145,8 @@ class _Builder:
             return None
         for name in present.keys() - before.parts.keys():  # left by a build that died before its manifest
             (self.folder / name).unlink()
+        for aside in self.folder.glob(".*.tmp-*"):  # nobody else writes here: the lock is ours
+            aside.unlink()
         return before
 
     def _attributes_reach_back(self, before: BuildManifest, sources: dict[str, FileStamps]) -> bool:
@@ -162,6 +166,10 @@ class _Builder:
 
     def _raw(self, files: Sequence[Path] | None = None, *, from_us: int | None = None) -> ir.Table:
         table = self.engine.read_parquet(files or self.home.events / self.spec.events.table)
+        if files:  # which may lack columns that others have: missing there, as when all are read together
+            whole = self.engine.read_parquet(self.home.events / self.spec.events.table).schema()
+            absent = {name: ibis.null(dtype) for name, dtype in whole.items() if name not in table.columns}
+            table = table.mutate(**absent) if absent else table
         if from_us is not None:
             at = ibis.literal(_moment(from_us), "timestamp('UTC', 6)")
             table = table.filter(table[self.spec.events.time] >= at)
@@ -195,6 +203,7 @@ class _Builder:
         span = Span(until=self.until_us)
         name = _part_name(0, self.until_us)
         with self._new_state() as state, atomic_folder(self.folder) as folder:
+            self.on_shard(0, len(shards))
             with self._writer(folder / name, raw) as writer:
                 for i, shard in enumerate(shards):
                     # Every kind of change, and the state, reads the events: normalise them once.
@@ -294,8 +303,9 @@ class _Builder:
             with self._writer(folder / _part_name(span.since, span.until), raw) as writer:
                 writer.write(feature_rows(self.plan, others, span, base=base, late=self._has_late(others)))
                 writer.write(anew.filter(anew[AT] > span.since))
-        state.add(others, span, base)
-        state.add(again, whole, None)
+            # Before the folders change places: a state that finds no room leaves the old table.
+            state.add(others, span, base)
+            state.add(again, whole, None)
         return writer
 
     def _compact(self, sources: dict[str, FileStamps], token: str) -> None:
@@ -344,8 +354,8 @@ class _Builder:
         token = uuid.uuid4().hex[:12]
         folder = self.state / token
         try:
-            state = _StateWriter(self.plan, self.engine, folder, token)
-            yield state
+            with full_disk_told(folder):
+                yield _StateWriter(self.plan, self.engine, folder, token)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise

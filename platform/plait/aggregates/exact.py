@@ -5,16 +5,61 @@ For a few rows this is the quickest way to a value; for all others it is the wit
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import ibis
+import pyarrow as pa
 
-from plait.aggregates.events import ENTER, FULL, ID, TIME
+from plait.aggregates.events import ENTER, FULL, ID, TIME, normalised, raw_events, to_us
 from plait.aggregates.plan import FOREVER, US_PER_S, Plan
-from plait.aggregates.spec import ALL_TIME
+from plait.aggregates.sources import check_sources, corrupt_part_named
+from plait.aggregates.spec import ALL_TIME, AggregateSpec
+from plait.errors import DataError, UnknownNameError
+from plait.offline.engine import open_engine
 
 if TYPE_CHECKING:
     import ibis.expr.types as ir
+
+    from plait.settings import Home
+
+
+def exact_values(
+    home: Home, spec: AggregateSpec, samples: pa.Table, *, engine: str = "duckdb", memory: str | None = None
+) -> pa.Table:
+    """`samples` with the features of `spec` exactly as of each one: every event before it, and never its own.
+
+    samples: the spec's keys and `event_timestamp` (with a zone), any columns else; they come back in their order. The
+    spec's cadence is not used: an event at t counts from t + 1 us (or from when it became known). Costs a pass over
+    the events and, per sample, over those of its key. Raises UnknownNameError for a missing column, DataError for
+    times without a zone or missing, and for events that are missing or corrupt.
+    """
+    plan = Plan(replace(spec, cadence="event"))
+    for name in (*spec.keys, "event_timestamp"):
+        if name not in samples.column_names:
+            raise UnknownNameError("column", name, samples.column_names, where="samples")
+    at = samples["event_timestamp"]
+    if not pa.types.is_timestamp(at.type) or at.type.tz is None:
+        raise DataError(f"samples: event_timestamp is {at.type}; give timestamps with a time zone")
+    if at.null_count:
+        raise DataError(
+            f"samples: {at.null_count} of {len(at)} have no event_timestamp; fill them in or leave them out"
+        )
+    asked = samples.select(list(spec.keys)).append_column("_moment", at.cast(pa.timestamp("us", tz="UTC"), safe=False))
+    asked = asked.append_column("_row", pa.array(range(samples.num_rows), pa.int64()))
+    with corrupt_part_named(home, spec), open_engine(engine, memory=memory) as running:
+        check_sources(home, spec)
+        raw = raw_events(running, plan, running.read_parquet(home.events / spec.events.table))
+        attributes = {name: running.read_parquet(home.events / name) for name in spec.events.attribute_tables}
+        table = running.from_arrow(asked)
+        rows = table.select(*spec.keys, "_row", _at=to_us(running, table["_moment"]))
+        values = as_of(plan, normalised(running, plan, raw, attributes), rows)
+        values = values.rename({f"_of_{name}": name for name in (*spec.keys, "_at")})
+        on = [rows[name] == values[f"_of_{name}"] for name in (*spec.keys, "_at")]
+        found = running.to_arrow(rows.left_join(values, on).order_by("_row").select(*spec.columns))
+    for name in spec.columns:
+        samples = samples.append_column(name, found[name])
+    return samples
 
 
 def as_of(plan: Plan, events: ir.Table, rows: ir.Table) -> ir.Table:

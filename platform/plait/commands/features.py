@@ -27,8 +27,16 @@ def features() -> None:
 def build(engine: str, views: tuple[str, ...], full: bool, until: datetime | None, memory: str | None) -> None:
     """Bring the feature tables up to now.
 
-    Only new events are read, and old ones that can still leave a window; a changed declaration, or a changed file of
-    events, makes its table start over. Then `feast apply` and `feast materialize` as usual.
+    Only new events are read, and old ones that can still leave a window. Then `feast apply` and `feast materialize`
+    as usual.
+
+    \b
+    Prints a line per view: what it did, the rows written, the time.
+      full       computed from all events: the first time, with --full, or
+                 because the declaration or a file of events changed
+      increment  added what changed since the last build
+      retile     the same, and recomputed keys whose history late files changed
+      current    nothing to do
     """
     from plait.aggregates.build import build_view
     from plait.aggregates.discover import declared_aggregates
@@ -44,6 +52,7 @@ def build(engine: str, views: tuple[str, ...], full: bool, until: datetime | Non
             def on_shard(done: int, total: int, bar: tqdm = bar) -> None:
                 bar.total = total
                 bar.update(done - bar.n)
+                bar.refresh()
 
             report = build_view(home, spec, until=end, engine=engine, memory=memory, full=full, on_shard=on_shard)
         retiled = f", {report.retiled_keys:,} keys re-tiled for late events" if report.retiled_keys else ""

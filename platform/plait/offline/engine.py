@@ -212,6 +212,8 @@ def _duckdb(folder: Path, memory: str, threads: int | None) -> Iterator[Engine]:
     engine = None
     try:
         connection = ibis.duckdb.connect(folder / "engine.duckdb", **config)
+        # Its bar, on a terminal, would come and go once per query, in between the commands' own.
+        connection.raw_sql("SET enable_progress_bar = false")
         engine = Engine(name="duckdb", connection=connection, scratch=folder)
         yield engine
     except duckdb.OutOfMemoryException as error:
