@@ -93,10 +93,11 @@ def build_view(
     """
     started = time.monotonic()
     until_us = round(until.timestamp() * 1_000_000)
-    with _only_builder(home, spec.name), corrupt_part_named(home, spec), open_engine(engine, memory=memory) as running:
+    with _only_builder(home, spec.name):
         check_sources(home, spec)
-        builder = _Builder(home, spec, running, until_us, shard_rows, on_shard)
-        mode, rows, retiled = builder.build(full)
+        with corrupt_part_named(home, spec), open_engine(engine, memory=memory) as running:
+            builder = _Builder(home, spec, running, until_us, shard_rows, on_shard)
+            mode, rows, retiled = builder.build(full)
     return BuildReport(view=spec.name, mode=mode, rows=rows, retiled_keys=retiled, seconds=time.monotonic() - started)
 
 

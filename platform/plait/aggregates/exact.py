@@ -47,8 +47,8 @@ def exact_values(
         )
     asked = samples.select(list(spec.keys)).append_column("_moment", at.cast(pa.timestamp("us", tz="UTC"), safe=False))
     asked = asked.append_column("_row", pa.array(range(samples.num_rows), pa.int64()))
+    check_sources(home, spec)
     with corrupt_part_named(home, spec), open_engine(engine, memory=memory) as running:
-        check_sources(home, spec)
         raw = raw_events(running, plan, running.read_parquet(home.events / spec.events.table))
         attributes = {name: running.read_parquet(home.events / name) for name in spec.events.attribute_tables}
         table = running.from_arrow(asked)
