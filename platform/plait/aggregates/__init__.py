@@ -6,7 +6,8 @@ user_stats = aggregate_view(
 )
 """
 
-from plait.aggregates.declare import aggregate_view, home_path, spec_of, table_source
+from plait.aggregates.declare import aggregate_view, spec_of
+from plait.aggregates.feast_sources import home_path, table_source
 from plait.aggregates.features import Count, DistinctCount, LastN, LastTime, Max, Mean, Min, Rate, Sum
 from plait.aggregates.spec import AggregateSpec, EventSource, feedback, impressions
 

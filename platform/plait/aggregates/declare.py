@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
+from plait.aggregates.feast_sources import home_path, table_source
 from plait.aggregates.features import Feature, LastN
 from plait.aggregates.spec import TAG, AggregateSpec, EventSource
 from plait.errors import SpecError, UnknownNameError
 
 if TYPE_CHECKING:
-    from feast import Entity, FeatureView, FileSource
+    from feast import Entity, FeatureView
     from feast.types import FeastType
-
-CREATED = "created"
-EVENT_TIMESTAMP = "event_timestamp"
-
-
-def home_path(*parts: str) -> str:
-    """A path below the home as Feast is told it: relative to the project, absolute if PLAIT_HOME moves the home."""
-    return "/".join([os.environ.get("PLAIT_HOME") or ".plait", *parts])
-
-
-def table_source(name: str, path: str) -> FileSource:
-    """Feast's source for a folder of parquet parts with event_timestamp and created."""
-    from feast import FileSource
-
-    return FileSource(name=name, path=path, timestamp_field=EVENT_TIMESTAMP, created_timestamp_column=CREATED)
 
 
 def aggregate_view(
