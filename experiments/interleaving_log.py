@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
-import duckdb
-
 from experiments.interleaving import Preference, credit_test
-from experiments.report_events import define_view, micros, quote, readable
+from experiments.report_events import event_views, micros, quote
 from plait.errors import DataError
 from plait.settings import Home
 
@@ -41,10 +39,7 @@ def interleaved_arms(
     An item counts once per list, however often the event was reported.
     """
     after = "" if since is None else f"AND timestamp >= make_timestamptz({micros(since)})"
-    with readable(home.events), duckdb.connect() as db:
-        db.execute("SET TimeZone = 'UTC'")
-        for table in ("impressions", "feedback"):
-            define_view(db, home.events, table)
+    with event_views(home.events, "impressions", "feedback") as db:
         rows = db.execute(f"""
             WITH hits AS (SELECT DISTINCT request_id, item_id FROM feedback WHERE type = {quote(event)}),
             shown AS (

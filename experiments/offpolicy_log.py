@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from experiments.offpolicy import ClippingRow, PolicyValue, clipping_table, importance_weights, policy_value
-from experiments.report_events import define_view, micros, quote, readable
+from experiments.report_events import event_views, micros, quote
 from experiments.slates import plackett_luce
 from plait.artifacts import Artifact
 from plait.audit import typed
@@ -63,10 +63,7 @@ def read_explored(home: Home, artifact: Artifact, *, event: str, since: datetime
     Raises DataError if no request was explored, or the log lacks a feature of the model.
     """
     after = "" if since is None else f"AND timestamp >= make_timestamptz({micros(since)})"
-    with readable(home.events), duckdb.connect() as db:
-        db.execute("SET TimeZone = 'UTC'")
-        for table in ("impressions", "feedback"):
-            define_view(db, home.events, table)
+    with event_views(home.events, "impressions", "feedback") as db:
         rows = db.execute(f"""
             WITH hits AS (SELECT DISTINCT request_id, item_id FROM feedback WHERE type = {quote(event)}),
             explored AS (

@@ -159,6 +159,16 @@ def readable(folder: Path) -> Iterator[None]:
         raise DataError(f"event tables in {folder} cannot be read: {error}; restore that part or delete it") from error
 
 
+@contextmanager
+def event_views(folder: Path, *tables: str) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A DuckDB connection, in UTC, with views over the named event tables under `folder`."""
+    with readable(folder), duckdb.connect() as db:
+        db.execute("SET TimeZone = 'UTC'")
+        for table in tables:
+            define_view(db, folder, table)
+        yield db
+
+
 def define_view(db: duckdb.DuckDBPyConnection, folder: Path, table: str) -> None:
     """A view over one event table; empty, with the table's schema, where there is no file yet."""
     if any((folder / table).glob("*.parquet")):

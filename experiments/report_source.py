@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import duckdb
-
 from experiments.hashing import N_BUCKETS
 from experiments.metrics import DEFAULT_METRICS, MetricSet, load_metrics
 from experiments.plan import HELD, OPEN
-from experiments.report_events import define_view, quote, readable
+from experiments.report_events import event_views, quote
 from experiments.report_plan import Plan, plan_from_log
 from experiments.spec import Experiment, Holdout
 from plait.database import has_database
@@ -28,8 +26,7 @@ def find_plan(home: Home, experiment: str) -> Plan:
 
     Raises UnknownNameError, with a suggestion, if neither knows it.
     """
-    with readable(home.events), duckdb.connect() as db:
-        define_view(db, home.events, "exposures")
+    with event_views(home.events, "exposures") as db:
         versions = [
             row[0]
             for row in db.execute(
