@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -23,6 +20,7 @@ from serving.metrics import Metrics
 from serving.parts import AssignmentLike, ClockLike, Experiments, Log, Rows, ServingModel
 from serving.pool import ModelPool
 from serving.queries import PredictQuery, microseconds
+from serving.rows import DeadlinePool, defaults_of, take
 from serving.slate import METHODS, Slate, explored_slate, interleaved_slate, sorted_slate
 
 logger = logging.getLogger("serving")
@@ -420,57 +418,6 @@ def request_record(answer: Answer) -> dict[str, Any]:
         "features_request": rows[0] if rows else {},
         "features_candidates": candidate_features.to_pydict(),
     }
-
-
-@dataclass(frozen=True, slots=True)
-class FeatureRows:
-    """Rows made here: defaults, or a selection of what a reader returned."""
-
-    request: pa.Table
-    candidates: pa.Table
-    unknown: np.ndarray
-    request_unknown: bool
-
-
-def defaults_of(model: ServingModel, n_candidates: int) -> FeatureRows:
-    """Rows without a value. Nothing is known, so no candidate is called unknown."""
-    request, candidates = model.defaults(n_candidates)
-    return FeatureRows(request, candidates, np.zeros(n_candidates, bool), False)
-
-
-def take(rows: Rows, keep: np.ndarray) -> FeatureRows:
-    """The same request with only the candidates at `keep`."""
-    return FeatureRows(rows.request, rows.candidates.take(pa.array(keep)), rows.unknown[keep], rows.request_unknown)
-
-
-class DeadlinePool:
-    """Runs a read with a deadline. Reads that hang keep their thread; when all hang, the next fails at once."""
-
-    def __init__(self, n_threads: int) -> None:
-        self._executor = ThreadPoolExecutor(n_threads, thread_name_prefix="plait-features")
-        self._free = threading.Semaphore(n_threads)
-
-    def run(self, call: Callable[[], Rows], *, timeout_s: float) -> Rows:
-        """The call's result, or its exception; TimeoutError after `timeout_s`."""
-        if not self._free.acquire(timeout=timeout_s):
-            raise TimeoutError(f"every feature read hangs; waited {timeout_s} s for one to end")
-        try:
-            future = self._executor.submit(call)
-        except BaseException:
-            self._free.release()
-            raise
-        future.add_done_callback(self._done)
-        try:
-            return future.result(timeout=timeout_s)
-        except FutureTimeout:
-            future.cancel()
-            raise TimeoutError(f"the feature read took longer than {timeout_s} s") from None
-
-    def close(self) -> None:
-        self._executor.shutdown(wait=False, cancel_futures=True)
-
-    def _done(self, _: Future[Rows]) -> None:
-        self._free.release()
 
 
 def _at_least_one(limit: Any) -> int:

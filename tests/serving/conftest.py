@@ -28,8 +28,9 @@ from serving.app import Parts, create_app
 from serving.keyring import KeyRing
 from serving.metrics import Metrics
 from serving.parts import ServingModel
-from serving.pipeline import MODEL, FeatureRows, Predictor
+from serving.pipeline import MODEL, Predictor
 from serving.pool import ModelPool
+from serving.rows import FeatureRows
 from serving.scenes import Scene
 
 NOW = datetime(1998, 4, 10, 12, 0, tzinfo=UTC)
