@@ -10,8 +10,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 run: $(VENV)/installed
 	@$(BIN)/plait demo --serve
 
+# Two processes at a time, a file of tests in one of them; WORKERS=0 runs all in one.
+WORKERS ?= 2
 test: $(VENV)/installed-test
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-quick: $(VENV)/installed-test
 	@$(BIN)/python -m pytest -m "not slow"
