@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import duckdb
@@ -71,7 +72,11 @@ def _values(
         source += f" WHERE r IN (SELECT {quote(view_row(view))} FROM {_MATCHED})"
     read = db.execute(f"SELECT * FROM {source}").to_arrow_table().combine_chunks()
     positions = _positions(read["r"].to_numpy(), rows)
-    return {name: read[f"f{i}"].take(positions) for i, name in enumerate(view.results)}
+    # Arrow takes a column in one thread; DuckDB's are idle meanwhile.
+    (n_threads,) = db.execute("SELECT current_setting('threads')").fetchall()[0]
+    with ThreadPoolExecutor(n_threads) as pool:
+        taken = pool.map(lambda i: read[f"f{i}"].take(positions), range(len(view.results)))
+        return dict(zip(view.results, taken, strict=True))
 
 
 def _positions(numbers: np.ndarray, rows: pa.Array) -> pa.Array:
