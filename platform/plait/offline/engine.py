@@ -252,16 +252,18 @@ def _spark(folder: Path, memory: str, threads: int | None) -> Iterator[Engine]:
     running = SparkSession.getActiveSession()
     builder = SparkSession.builder.appName("plait")
     if running is None:
+        master = os.environ.get("PLAIT_SPARK_MASTER", f"local[{threads or '*'}]")
         builder = (
-            builder.master(os.environ.get("PLAIT_SPARK_MASTER", f"local[{threads or '*'}]"))
+            builder.master(master)
             .config("spark.driver.memory", re.sub(r"\s*i?B$", "", memory, flags=re.IGNORECASE).lower())
             .config("spark.ui.enabled", "false")
             .config("spark.ui.showConsoleProgress", "false")
-            .config("spark.driver.host", "127.0.0.1")
             .config("spark.sql.shuffle.partitions", os.environ.get("PLAIT_SPARK_PARTITIONS", "8"))
             .config("spark.local.dir", str(folder))
             .config("spark.sql.warehouse.dir", str(folder / "warehouse"))
         )
+        if master.startswith("local"):  # the executors of a cluster must find the driver by its real name
+            builder = builder.config("spark.driver.host", "127.0.0.1")
     session = running.newSession() if running is not None else builder.getOrCreate()
     session.conf.set("spark.sql.session.timeZone", "UTC")
     session.conf.set("spark.sql.parquet.outputTimestampType", "TIMESTAMP_MICROS")
