@@ -135,11 +135,12 @@ class EventLog:
             except OSError as failure:
                 error = failure
                 self._cut_back()
+        if error is not None:
+            # Told before anyone wakes: whoever sees the log fail finds the counts already right.
+            self._tell_lost([pending.unwatched for pending in group if pending.unwatched is not None], error)
         for pending in group:
             pending.error = error
             pending.done.set()
-        if error is not None:
-            self._tell_lost([pending.unwatched for pending in group if pending.unwatched is not None], error)
         if self._size > self.segment_bytes:
             self._close_segment()
 
