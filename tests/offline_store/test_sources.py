@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 
 from plait.errors import StoreError
+from plait.stores import asof_search
 from plait.stores.asof_engine import EngineLimits, connect
 
 MICROS = pa.timestamp("us", tz="UTC")
@@ -141,14 +142,14 @@ def test_a_part_that_is_rewritten_while_it_is_read_is_an_error_not_a_mix(
 
     repo.write("v/0.parquet", rows((1, 0, 1), (2, 0, 2)))
     repo.apply([view("v", "data/v", features={"a": "Int64"})])
-    find_rows = asof_gather._match
+    find_rows = asof_gather._matched_rows
 
-    def find_rows_then_rewrite(*arguments: Any) -> pa.Table:
+    def find_rows_then_rewrite(*arguments: Any) -> pa.Array:
         found = find_rows(*arguments)
         repo.write("v/0.parquet", rows((2, 0, 3), (1, 0, 4)))
         return found
 
-    monkeypatch.setattr(asof_gather, "_match", find_rows_then_rewrite)
+    monkeypatch.setattr(asof_gather, "_matched_rows", find_rows_then_rewrite)
     with pytest.raises(StoreError, match=r"0\.parquet was rewritten while it was read; run again"):
         ask(repo)
     monkeypatch.undo()
@@ -219,7 +220,11 @@ def test_a_wrong_setting_does_not_open_a_store(repo: Any, bad: dict[str, Any]) -
         repo.store(**bad)
 
 
-def test_too_little_memory_is_an_error_that_names_the_setting(repo: Any, view: Any) -> None:
+@pytest.mark.parametrize("whole", [True, False])
+def test_too_little_memory_is_an_error_that_names_the_setting(
+    repo: Any, view: Any, whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asof_search, "SEARCHED_ROWS", 0)
     rng = np.random.default_rng(0)
     n = 300_000
     table = pa.table(
@@ -232,7 +237,8 @@ def test_too_little_memory_is_an_error_that_names_the_setting(repo: Any, view: A
     repo.apply([view("v", repo.write("v.parquet", table), features={"a": "Int64"})])
     entities = table.select(["user_id", "event_timestamp"])
     with pytest.raises(StoreError, match=r"out of memory under memory_limit=5MB.*Raise offline_store\.memory_limit"):
-        repo.store(memory_limit="5MB").get_historical_features(entities, ["v:a"]).to_arrow()
+        job = repo.store(memory_limit="5MB").get_historical_features(entities, ["v:a"])
+        job.to_arrow() if whole else job.to_arrow_reader().read_all()
 
 
 def test_an_arrow_table_on_the_left_is_not_joined_by_a_nested_loop() -> None:

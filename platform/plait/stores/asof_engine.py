@@ -75,13 +75,14 @@ def connect(limits: EngineLimits, *, search_path: Path | None = None) -> Iterato
                 "Correct memory_limit, threads or temp_directory under offline_store in feature_store.yaml"
             ) from error
         try:
-            db.execute("SET TimeZone = 'UTC'")
+            # Global, so that cursors (further connections to the same database) have them too.
+            db.execute("SET GLOBAL TimeZone = 'UTC'")
             # An Arrow table has no row count for the planner: it then takes the side for tiny and chooses a nested
             # loop, which made 1M x 1M rows take 365 s instead of 4.
-            db.execute("SET asof_loop_join_threshold = 0")
+            db.execute("SET GLOBAL asof_loop_join_threshold = 0")
             db.execute("SET enable_progress_bar = false")
             if search_path is not None:
-                db.execute(f"SET file_search_path = {literal(str(search_path))}")
+                db.execute(f"SET GLOBAL file_search_path = {literal(str(search_path))}")
             yield db
         finally:
             db.close()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Protocol
@@ -43,6 +43,15 @@ class BoundEntities:
     n_rows: int | None
     files: tuple[str, ...] = ()
     table: pa.Table | None = None  # the rows themselves, in order, where the frame is in memory
+    registered: Mapping[str, pa.Table] = field(default_factory=dict)  # what `sql` names and a cursor does not see
+
+    def cursor(self, db: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyConnection:
+        """A further connection to `db`, for another thread, in which `sql` works too."""
+        own = db.cursor()
+        own.execute("SET enable_progress_bar = false")
+        for name, table in self.registered.items():
+            own.register(name, table)
+        return own
 
     def check_keys(self, view: ViewPlan) -> None:
         """Raises StoreError unless the frame has the view's keys, in types that can be compared."""
@@ -79,7 +88,8 @@ class TableEntities:
         times = self.table[self.time_column]
         numbered = self.table.append_column(ROW, pa.array(np.arange(len(times), dtype=np.int64)))
         at = pc.fill_null(times.cast(pa.int64()), BEFORE_ALL)
-        db.register("__entity", numbered.append_column(AT, at))
+        numbered = numbered.append_column(AT, at)
+        db.register("__entity", numbered)
         described = db.execute("DESCRIBE SELECT * FROM __entity").fetchall()
         return BoundEntities(
             sql="__entity",
@@ -88,6 +98,7 @@ class TableEntities:
             bounds=self.bounds(),
             n_rows=self.table.num_rows,
             table=self.table,
+            registered={"__entity": numbered},
         )
 
     def bounds(self) -> TimeRange:
@@ -122,7 +133,7 @@ class QueryEntities:
         query = self.query.strip().rstrip(";")
         try:
             # Run once: a second run of the query need not give the same rows in the same order.
-            db.execute(f"CREATE TEMP TABLE __query AS FROM ({query})")
+            db.execute(f"CREATE TABLE __query AS FROM ({query})")
         except duckdb.Error as error:
             raise StoreError(
                 f"the entity query does not run: {one_line(error)}. It is SQL for DuckDB; tables it may name: "
@@ -156,7 +167,7 @@ class RangeEntities:
                 f"WHERE {at} BETWEEN {bounds.first} AND {bounds.last}"
             )
         order = ", ".join([DEFAULT_TIME_COLUMN, *(f"{quote(key)} NULLS LAST" for key in keys)])
-        db.execute(f"CREATE TEMP TABLE __query AS FROM ({' UNION '.join(spines)}) ORDER BY {order}")
+        db.execute(f"CREATE TABLE __query AS FROM ({' UNION '.join(spines)}) ORDER BY {order}")
         columns = {row[0]: row[1] for row in db.execute("DESCRIBE __query").fetchall()}
         counted = db.execute("SELECT count(*) FROM __query").fetchone()
         return _bind_query(db, "__query", columns, row="rowid", n_rows=counted[0] if counted else None)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -32,13 +31,13 @@ from plait.stores.asof_engine import EngineLimits, connect, plain_errors
 from plait.stores.asof_entities import BoundEntities, Entities, from_micros
 from plait.stores.asof_gather import gather
 from plait.stores.asof_sources import is_remote, resolve_path
-from plait.stores.asof_sql import TimeRange, ViewPlan, hashes_query, join_query, late_query, ties_query, withheld_query
+from plait.stores.asof_sql import TimeRange, ViewPlan, join_query, late_query, withheld_query
+from plait.stores.asof_ties import settle_ties
 
 logger = logging.getLogger(__name__)
 
 BATCH_ROWS = 131_072
 PART_ROWS = 1_000_000
-HASHED_ROWS = 4_000_000  # 32 MB
 
 
 class CreatedCutoffWarning(UserWarning):
@@ -47,10 +46,10 @@ class CreatedCutoffWarning(UserWarning):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Planned:
-    """A query ready to run on its connection; `whole` is a cheaper way to its result if all of it is wanted at once."""
+    """A connection and the query to run on it; `whole` is a cheaper way to its result if all is wanted at once."""
 
     db: duckdb.DuckDBPyConnection
-    sql: str
+    query: Callable[[], str]
     whole: Callable[[], pa.Table] | None = None
 
 
@@ -112,7 +111,7 @@ class DuckDBJob(RetrievalJob):
     def to_sql(self) -> str:
         """The query, as it would run now: it names the files and the time range it found."""
         with self._plan() as planned:
-            return planned.sql
+            return planned.query()
 
     def to_arrow_reader(self, batch_rows: int = BATCH_ROWS) -> pa.RecordBatchReader:
         """The result as a stream of batches of at most `batch_rows` rows, in the entity frame's order.
@@ -122,7 +121,7 @@ class DuckDBJob(RetrievalJob):
         """
         with ExitStack() as stack:
             planned = stack.enter_context(self._plan())
-            stream = planned.db.execute(planned.sql).to_arrow_reader(batch_rows)
+            stream = planned.db.execute(planned.query()).to_arrow_reader(batch_rows)
             schema = self._streamed(stream.schema.empty_table()).schema
             # From here on the connection belongs to the stream.
             return pa.RecordBatchReader.from_batches(schema, self._batches(stream, schema, stack.pop_all()))
@@ -195,7 +194,7 @@ class DuckDBJob(RetrievalJob):
                 except (pa.ArrowInvalid, pa.ArrowCapacityError):
                     # More than 2 GB of text in one column: Arrow cannot take from it, DuckDB can join it.
                     logger.info("the result is too large to be gathered; joining all columns", exc_info=True)
-            return planned.db.execute(planned.sql).to_arrow_table()
+            return planned.db.execute(planned.query()).to_arrow_table()
 
     def _to_df_internal(self, timeout: int | None = None) -> pd.DataFrame:
         return self._to_arrow_internal(timeout).to_pandas()
@@ -275,9 +274,8 @@ class PointInTime:
                 bound = self.entities.bind(db, plans)
                 files += bound.files
                 self._check(bound, plans)
-                settled = [self._settle(db, bound, plan) for plan in plans]
-                sql = join_query(bound.sql, list(bound.columns), settled, bound.bounds)
-                yield Planned(db=db, sql=sql, whole=partial(gather, db, bound, settled))
+                plans = [self._settle_cutoff(db, bound, plan) for plan in plans]
+                yield Planned(db=db, query=partial(_query, db, bound, plans), whole=partial(gather, db, bound, plans))
 
     @contextmanager
     def bound(self) -> Iterator[BoundEntities]:
@@ -300,26 +298,19 @@ class PointInTime:
             if column not in bound.columns:
                 raise RequestDataNotFoundInEntityDfException(feature_name=column, feature_view_name=view)
 
-    def _settle(self, db: duckdb.DuckDBPyConnection, bound: BoundEntities, plan: ViewPlan) -> ViewPlan:
-        """Leave out what the data does not need: a cutoff if nothing was known late, a decision if nothing ties."""
+    def _settle_cutoff(self, db: duckdb.DuckDBPyConnection, bound: BoundEntities, plan: ViewPlan) -> ViewPlan:
+        """Without the cutoff where nothing was known late."""
         if plan.cutoff:
             if db.execute(late_query(plan, bound.bounds)).fetchone() is None:
-                plan = replace(plan, cutoff=False)
-            elif self.warn_of_cutoff:
+                return replace(plan, cutoff=False)
+            if self.warn_of_cutoff:
                 _warn_withheld(db, bound, plan)
-        if not plan.cutoff:
-            plan = replace(plan, has_ties=_may_tie(db, plan, bound.bounds))
         return plan
 
 
-def _may_tie(db: duckdb.DuckDBPyConnection, plan: ViewPlan, bounds: TimeRange) -> bool:
-    """Whether two rows of a key may share an event time. Never False if they do; True in vain does no harm."""
-    n_rows = plan.relation.n_rows
-    if n_rows is None or n_rows > HASHED_ROWS:
-        return db.execute(ties_query(plan, bounds)).fetchone() is not None
-    # A third of what the grouping costs, for 8 bytes a row outside DuckDB's memory limit.
-    hashes = np.sort(db.execute(hashes_query(plan, bounds)).to_arrow_table()["h"].to_numpy())
-    return bool((hashes[1:] == hashes[:-1]).any())
+def _query(db: duckdb.DuckDBPyConnection, bound: BoundEntities, plans: Sequence[ViewPlan]) -> str:
+    settled = [settle_ties(db, plan, bound.bounds) for plan in plans]
+    return join_query(bound.sql, list(bound.columns), settled, bound.bounds)
 
 
 def _warn_withheld(db: duckdb.DuckDBPyConnection, bound: BoundEntities, plan: ViewPlan) -> None:

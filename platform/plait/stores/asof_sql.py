@@ -122,6 +122,14 @@ def ties_query(view: ViewPlan, bounds: TimeRange) -> str:
     )
 
 
+def ranges_query(view: ViewPlan, bounds: TimeRange) -> str:
+    """First and last key (the view has one), and the first event time, of the rows that any entity row could see."""
+    (key,) = view.keys
+    return (
+        f"SELECT min({key}), max({key}), min({view.event}) FROM {view.relation.sql} WHERE {time_filter(view, bounds)}"
+    )
+
+
 def hashes_query(view: ViewPlan, bounds: TimeRange) -> str:
     """One hash (h) of key and event time for each row: two that are equal are probably a tie."""
     return (

@@ -363,7 +363,8 @@ def _pull(
     @contextmanager
     def plan() -> Iterator[Planned]:
         with _opened(config, source) as (db, relation):
-            yield Planned(db=db, sql=_pull_query(relation, fields, timestamp_field, created_field, within, latest_of))
+            query = _pull_query(relation, fields, timestamp_field, created_field, within, latest_of)
+            yield Planned(db=db, query=lambda: query)
 
     return DuckDBJob(plan=plan, repo_path=config.repo_path)
 
