@@ -13,6 +13,7 @@ from feast.infra.online_stores.helpers import get_online_store_from_config
 from feast.types import Int64, String
 
 from plait.errors import StoreError
+from plait.stores.redis import LATE_ANSWERS
 
 T0 = datetime(2024, 1, 1, tzinfo=UTC)
 NOW = T0 + timedelta(days=1)
@@ -231,11 +232,42 @@ def test_a_redis_that_hangs_is_an_error_within_the_timeout(tmp_path, view, store
         began = time.monotonic()
         with pytest.raises(StoreError, match=r"[Tt]imeout"):
             store.write_columns(config, view, version(stores, 2))
+        with pytest.raises(StoreError, match=r"[Tt]imeout"):
+            store.read_columns(config, view, {"user_id": [1]}, now=NOW)
         assert time.monotonic() - began < 5
     finally:
         durable_redis.process.send_signal(signal.SIGCONT)
     store.write_columns(config, view, version(stores, 3))
     assert set(read_versions(store, config, view)) == {3}
+
+
+@pytest.mark.redis
+def test_a_redis_that_answers_late_is_not_polled_for_long(redis, view, stores, monkeypatch):
+    from redis.connection import AbstractConnection
+
+    store = get_online_store_from_config(redis.online_store)
+    store.write_columns(redis, view, version(stores, 1))
+    polled = []
+    looks = AbstractConnection.can_read
+
+    def never_yet(self, timeout=0):
+        polled.append(timeout)
+        return False
+
+    def reads(n):
+        polled.clear()
+        for user in range(n):
+            got = store.read_columns(redis, view, {"user_id": [user]}, ["a"], now=NOW)
+            assert got.columns["a"].to_pylist() == [1]
+        return len(polled)
+
+    monkeypatch.setattr(AbstractConnection, "can_read", never_yet)
+    assert reads(LATE_ANSWERS) > 0
+    assert reads(50) == 0
+    monkeypatch.setattr(AbstractConnection, "can_read", looks)
+    reads(100)  # one of them looks again, and finds the answer in time
+    monkeypatch.setattr(AbstractConnection, "can_read", never_yet)
+    assert reads(1) > 0
 
 
 @pytest.mark.redis
