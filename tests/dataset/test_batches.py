@@ -271,6 +271,37 @@ def test_readers_do_not_import_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_no_pandas_is_on_the_way_into_torch(split: Split) -> None:
+    """A process in which pandas cannot be imported reads every row, lists included."""
+    import subprocess
+    import sys
+
+    code = f"""
+import sys
+
+class NoPandas:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "pandas":
+            raise ImportError("pandas may not be imported here")
+
+sys.meta_path.insert(0, NoPandas())
+from pathlib import Path
+import pyarrow.parquet as pq
+from torch.utils.data import DataLoader
+from plait.offline.batches import ReadSpec
+from plait.offline.dataset import Split
+from plait.offline.torch_reader import TorchBatches
+
+files = tuple(map(Path, {[str(file) for file in split.files]!r}))
+split = Split("train", files, {N}, pq.read_schema(files[0]))
+spec = ReadSpec(batch_rows=16, columns=("row", "recent", "x"), shuffle_rows=60)
+rows = [row for batch in DataLoader(TorchBatches(split, spec), batch_size=None) for row in batch["row"].tolist()]
+assert sorted(rows) == list(range({N})), rows
+assert "pandas" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_parts_have_fixed_boundaries_whatever_the_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("plait.offline.parts.ROW_GROUP_ROWS", 16)
     monkeypatch.setattr("plait.offline.parts.PART_ROWS", 48)

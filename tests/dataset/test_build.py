@@ -14,10 +14,12 @@ from click.testing import CliRunner
 
 from plait.errors import DataError, SpecError, StoreError, UnknownNameError
 from plait.offline.build import build_dataset, read_model
+from plait.offline.card import write_card
 from plait.offline.dataset import Dataset, find_datasets
 from plait.offline.samples import build_samples
 from plait.offline.saved import saved_name
 from plait.offline.spec import SampleSpec, SplitSpec
+from tests.dataset.conftest import write
 
 
 def naive_value(history: list[dict], keys: dict, moment, ttl: timedelta | None, feature: str):
@@ -49,6 +51,46 @@ def test_every_feature_is_the_one_known_at_the_samples_time(project: SimpleNames
     assert n == len(project.events["impressions"]) == sum(dataset.manifest.rows.values())
     assert dataset.features == ("mean_7d", "recent", "primary_genre", "n_shown", "n_genre")
     assert dataset.schema.field("recent").type == pa.list_(pa.int64())
+
+
+def test_a_feature_that_knows_the_outcome_is_named_by_the_build(project: SimpleNamespace) -> None:
+    """A table of "user means" computed after the click that they are to predict, dated at the impression."""
+    build_samples(project.home, SampleSpec())
+    honest = build_dataset(project.home, "tiny_clicks", store=project.store)
+    assert not [line for line in write_card(honest).warnings if "leaks" in line]
+
+    clicked = set(project.events["feedback"]["request_id"].to_pylist())
+    shown = project.events["impressions"]
+    outcome = [float(request in clicked) for request in shown["request_id"].to_pylist()]
+    told = pa.table(
+        {
+            "user_id": shown["user_id"],
+            "event_timestamp": shown["timestamp"],
+            "created": shown["timestamp"],
+            "mean_7d": pa.array(outcome, pa.float32()),
+            "recent": pa.array([[]] * len(outcome), pa.list_(pa.int64())),
+        }
+    )
+    write(project.home.features / "user_stats", told)
+    leaky = build_dataset(project.home, "tiny_clicks", store=project.store)
+    assert leaky.folder != honest.folder
+    (leak,) = [line for line in write_card(leaky).warnings if "leaks" in line]
+    assert "mean_7d (user_stats) alone predicts click with AUC 1.000" in leak
+    assert leak in (leaky.folder / "card.md").read_text()
+
+
+def test_the_card_counts_rows_and_labels_by_day(project: SimpleNamespace) -> None:
+    build_samples(project.home, SampleSpec())
+    dataset = build_dataset(project.home, "tiny_clicks", store=project.store)
+    days: dict[str, list[int]] = {}
+    for part in ("train", "valid", "test"):
+        for row in dataset.split(part).to_table().to_pylist():
+            days.setdefault(row["event_timestamp"].strftime("%Y-%m-%d"), []).append(row["click"])
+    assert len(days) > 10
+    assert list(write_card(dataset).by_day) == [
+        {"day": day, "rows": len(clicks), "click": pytest.approx(sum(clicks) / len(clicks))}
+        for day, clicks in sorted(days.items())
+    ]
 
 
 def test_a_dataset_that_exists_is_reused_and_shared_by_services_of_equal_features(project: SimpleNamespace) -> None:
