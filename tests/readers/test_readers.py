@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import decimal
 import json
 import sqlite3
 import sys
+import uuid
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -338,6 +340,63 @@ def test_ids_are_made_only_for_rows_that_have_none(home: Home, tmp_path: Path) -
     first, second = pq.read_table(done.path)["event_id"].to_pylist()
     assert first == "e1"
     assert second.endswith("-1")
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize("by_query", [False, True])
+def test_postgresql_with_types_of_its_own(
+    home: Home, postgres, by_query: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Times with and without a zone on a server that is not in UTC, decimals, UUIDs, enumerations, JSON, nulls."""
+    import psycopg
+
+    monkeypatch.setattr("plait.data.readers.BATCH_ROWS", 4)  # several fetches
+    url = postgres.new_database()
+    ids = [uuid.UUID(int=i) for i in range(10)]
+    with psycopg.connect(url) as db:
+        db.execute("CREATE TYPE act AS ENUM ('click', 'rating')")
+        db.execute(
+            "CREATE TABLE deeds (event_id uuid, who bigint, what integer, at timestamptz, told timestamp, kind act, "
+            "stars numeric(4, 2), arms jsonb)"
+        )
+        for i, event_id in enumerate(ids):
+            at = START + timedelta(minutes=i)
+            stars = None if i == 3 else decimal.Decimal(i) / 4
+            arms = None if i % 2 else json.dumps([{"layer": "l", "experiment": "e", "arm": f"a{i}", "propensity": 0.5}])
+            row = (event_id, i % 5, i % 7, at, at.replace(tzinfo=None), "click", stars, arms)
+            db.execute("INSERT INTO deeds VALUES (%s, %s, %s, %s, %s, %s, %s, %s)", row)
+    columns = {"user_id": "who", "item_id": "what", "timestamp": "at", "type": "kind", "value": "stars"}
+    what = {"query": "SELECT * FROM deeds WHERE what < 100"} if by_query else {"table": "deeds"}
+    source = url.replace("postgresql://", "postgresql+psycopg://")
+    done = import_table(home, ImportSpec(kind="feedback", source=source, columns=columns, **what))
+    rows = sorted(pq.read_table(done.path).to_pylist(), key=lambda row: row["timestamp"])
+    assert [row["event_id"] for row in rows] == [str(event_id) for event_id in ids]
+    assert [row["timestamp"] for row in rows] == [START + timedelta(minutes=i) for i in range(10)]
+    assert [row["value"] for row in rows] == [None if i == 3 else i / 4 for i in range(10)]
+    assert {row["type"] for row in rows} == {"click"}
+    shown = {"request_id": "event_id", "user_id": "who", "item_id": "what", "timestamp": "told"}
+    done = import_table(home, ImportSpec(kind="impressions", source=source, columns=shown, **what))
+    rows = sorted(pq.read_table(done.path).to_pylist(), key=lambda row: row["timestamp"])
+    assert [row["timestamp"] for row in rows] == [START + timedelta(minutes=i) for i in range(10)]
+    assert [len(row["arms"] or []) for row in rows] == [1 - i % 2 for i in range(10)]
+
+
+def test_a_uuid_of_parquet_is_read_as_text(home: Home, tmp_path: Path) -> None:
+    ids = [uuid.UUID(int=i) for i in range(3)]
+    rows = pa.Table.from_pylist(ROWS[:3]).append_column("event_id", pa.array(ids, pa.uuid()))
+    pq.write_table(rows, tmp_path / "e.parquet")
+    done = import_table(home, ImportSpec(kind="feedback", source=str(tmp_path / "e.parquet"), columns=COLUMNS))
+    assert sorted(pq.read_table(done.path)["event_id"].to_pylist()) == [str(id_) for id_ in ids]
+
+
+@pytest.mark.postgres
+def test_a_postgresql_that_is_gone_is_named_without_its_password(home: Home, find_port) -> None:
+    pytest.importorskip("psycopg")
+    source = f"postgresql+psycopg://plait:secret@127.0.0.1:{find_port()}/shop"
+    with pytest.raises(DataError, match="cannot be read") as told:
+        import_table(home, ImportSpec(kind="feedback", source=source, table="events", columns=COLUMNS))
+    assert "secret" not in str(told.value)
+    assert not list((home.events / "feedback").iterdir())
 
 
 def test_a_driver_that_is_not_installed_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,6 +61,8 @@ def _first_bad(column: Any, wanted: pa.DataType, unit: str) -> tuple[int, Any]:
 
 def _cast(column: Any, wanted: pa.DataType, unit: str) -> Any:
     given = column.type
+    if isinstance(given, pa.UuidType):  # which Arrow would turn into text byte by byte
+        return pa.array([None if id_ is None else str(id_) for id_ in column.to_pylist()], pa.string()).cast(wanted)
     text = pa.types.is_string(given) or pa.types.is_large_string(given)
     if text:  # an empty id is no id, and an empty number none
         column = pc.if_else(pc.equal(pc.utf8_trim_whitespace(column), ""), pa.scalar(None, given), column)
