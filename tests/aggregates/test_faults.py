@@ -267,6 +267,32 @@ def test_events_from_the_future_wait_until_their_time(make_home):
 
 
 @pytest.mark.parametrize("spec", [SPEC, lists("event")], ids=["windows", "lists"])
+def test_an_event_that_turns_out_to_have_been_another_users_leaves_the_first_user(make_home, spec):
+    """Copies in a later file that were known earlier: of another user, of another time, of both; and later ones."""
+    home = make_home(EVENTS)
+    build(home, END - 3 * DAY, spec)
+    build(home, END, spec)
+    at = EVENTS[4]["timestamp"]
+    copies = [
+        event(4, at, user_id=3, created=at - 1),  # another user's
+        event(8, EVENTS[8]["timestamp"] + 2 * DAY, created=EVENTS[8]["created"] - 1),  # happened later
+        event(9, END + DAY, user_id=2, created=EVENTS[9]["created"] - 1),  # another's, and still to happen
+        event(10, EVENTS[10]["timestamp"], user_id=3, created=EVENTS[10]["created"] + 1),  # known later: no news
+        event(11, EVENTS[11]["timestamp"], user_id=1),  # known at the same moment
+    ]
+    add_part(home, "copies", copies)
+    assert build(home, END + 2 * DAY, spec).mode == "retile"
+    once = make_home(EVENTS, name="once")
+    add_part(once, "copies", copies)
+    build(once, END + 2 * DAY, spec)
+    found = rows(home, spec)
+    assert found == rows(once, spec)
+    for user in (1, 2, 3):
+        for now in range(START, END + 2 * DAY + 1, DAY // 2):
+            assert look_up(found, spec, (user,), now) == naive(spec, EVENTS + copies, (user,), now)
+
+
+@pytest.mark.parametrize("spec", [SPEC, lists("event")], ids=["windows", "lists"])
 @settings(max_examples=3, deadline=None, phases=NO_SHRINKING)
 @given(
     events=random_events(max_size=25),

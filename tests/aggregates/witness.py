@@ -90,6 +90,9 @@ def random_events(draw: st.DrawFn, *, max_size: int = 40, late: bool = True) -> 
         events.append(event)
         if draw(st.integers(0, 9)) == 0:
             events.append({**event, "created": (event["created"] or at) + HOUR})
+        elif late and draw(st.integers(0, 9)) == 0:  # told otherwise, and before or after
+            told = (event["created"] or at) + draw(st.sampled_from([-HOUR, 0, DAY]))
+            events.append({**event, "created": told, "user_id": draw(st.integers(1, 3))})
     return draw(st.permutations(events))
 
 
@@ -105,13 +108,18 @@ def items_table() -> pa.Table:
     return pa.Table.from_pylist([{name: row.get(name) for name in ITEMS.names} for row in rows], ITEMS)
 
 
-def deduplicated(events: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def deduplicated(events: Iterable[Mapping[str, Any]], keys: Sequence[str] = ()) -> list[Mapping[str, Any]]:
+    """Each event once: the copy known first, of these the one that happened first, of these that of the least key."""
+
+    def place(event: Mapping[str, Any]) -> tuple[Any, ...]:
+        return known(event), event["timestamp"], *(event[key] for key in keys if key in event)
+
     first: dict[str, Mapping[str, Any]] = {}
     for event in events:
         if event["type"] != "rating":
             continue
         kept = first.get(event["event_id"])
-        if kept is None or known(event) < known(kept):
+        if kept is None or place(event) < place(kept):
             first[event["event_id"]] = event
     return [
         {**event, "value": None if event["value"] != event["value"] else event["value"]} for event in first.values()
@@ -126,7 +134,7 @@ def naive(spec: AggregateSpec, events: Iterable[Mapping[str, Any]], key: tuple[A
     """The features of `key` as a sample at `at` should see them; None if no event counted by then."""
     period = {"event": 1, "hour": HOUR, "day": DAY}[spec.cadence]
     seen = []
-    for event in deduplicated(events):
+    for event in deduplicated(events, spec.keys):
         for genre in GENRES[event["item_id"]] if "genre" in spec.keys else [None]:
             row = {**event, "genre": genre}
             tile_end = row["timestamp"] // period * period + period

@@ -23,7 +23,17 @@ import ibis
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from plait.aggregates.events import ENTER, FULL, TIME, check_magnitudes, has_copies, normalised, raw_events
+from plait.aggregates.events import (
+    ENTER,
+    FULL,
+    TIME,
+    check_magnitudes,
+    copy_order,
+    has_copies,
+    normalised,
+    once,
+    raw_events,
+)
 from plait.aggregates.manifest import (
     BuildManifest,
     FileStamps,
@@ -225,7 +235,7 @@ class _Builder:
         reach = self._reach(raw, since, new_files)
         raw = self._raw(from_us=reach)
         base = self._read_base(before)
-        touched, first_us = self._stragglers(new_files, since)
+        touched, first_us = self._stragglers(before, new_files)
         span = Span(since=since, until=self.until_us)
         name = _part_name(since, self.until_us)
         with self._new_state() as state:
@@ -256,16 +266,37 @@ class _Builder:
         copies = raw.semi_join(fresh, ids)[TIME].min().execute()
         return min([reach, *(int(value) for value in (earliest, copies) if not _missing(value))])
 
-    def _stragglers(self, new_files: Sequence[Path], since: int) -> tuple[ir.Table | None, int]:
-        """Keys for which new files hold events that should have counted already, and from when; None if none do."""
+    def _stragglers(self, before: BuildManifest, new_files: Sequence[Path]) -> tuple[ir.Table | None, int]:
+        """Keys whose past new files change, and from when; None if none do.
+
+        Those of events that should have counted already, and those of counted events that a copy takes the place of.
+        """
         if not new_files:
             return None, 0
-        events = self._normalised(self._raw(new_files))
-        behind = events.filter(events[ENTER] <= since)
+        changed = self._normalised(self._raw(new_files))
+        replaced = self._replaced(before, new_files)
+        if replaced is not None:
+            changed = changed.union(replaced)
+        behind = changed.filter(changed[ENTER] <= before.until_us)
         first = behind[ENTER].min().execute()
         if _missing(first):
             return None, 0
         return self.engine.keep(behind.select(*self.keys).distinct()), int(first)
+
+    def _replaced(self, before: BuildManifest, new_files: Sequence[Path]) -> ir.Table | None:
+        """Events of earlier builds of which new files hold a copy that was known before; None if there are none."""
+        ids = list(self.spec.events.id)
+        table = self.spec.events.table
+        old = self._raw([self.home.events / table / name for name in before.sources[table]])
+        new = self._raw(new_files)
+        old = self.engine.keep(old.semi_join(new.select(*ids), ids))
+        if not self.engine.count(old):
+            return None
+        columns = [*ids, *copy_order(self.plan, old)]
+        both = old.select(*columns).union(new.semi_join(old, ids).select(*columns))
+        counted = once(self.plan, old)
+        lost = counted.anti_join(once(self.plan, both), columns)
+        return normalised(self.engine, self.plan, lost, self._attributes(), copies=False)
 
     def _retile(
         self,

@@ -64,11 +64,16 @@ def raw_events(engine: Engine, plan: Plan, table: ir.Table) -> ir.Table:
 
 
 def once(plan: Plan, raw: ir.Table) -> ir.Table:
-    """Each event once: the copy that was known first. Events without an id are all kept."""
+    """Each event once: the copy that was known first, happened first, is of the least key. Without an id: all kept."""
     ids = list(plan.spec.events.id)
-    rank = ibis.row_number().over(group_by=ids, order_by=["_known", TIME])
+    rank = ibis.row_number().over(group_by=ids, order_by=copy_order(plan, raw))
     ranked = raw.mutate(_rank=rank)
     return ranked.filter((ranked["_rank"] == 0) | ranked[ids[0]].isnull()).drop("_rank")
+
+
+def copy_order(plan: Plan, raw: ir.Table) -> list[str]:
+    """The columns in whose order the first copy of an event is the one that counts."""
+    return ["_known", TIME, *(key for key in plan.spec.keys if key in raw.columns)]
 
 
 def has_copies(engine: Engine, plan: Plan, raw: ir.Table) -> bool:
