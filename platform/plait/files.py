@@ -61,7 +61,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     What killed writers of `path` left beside it is removed. Raises StoreError if the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_orphans(path)
+    remove_orphans(path)
     aside, claim = _claimed_aside(path)
     try:
         with full_disk_told(path):
@@ -140,7 +140,7 @@ def _exchange(one: Path, other: Path) -> bool:
     raise OSError(code, os.strerror(code), str(one), None, str(other))
 
 
-def _remove_orphans(path: Path) -> None:
+def remove_orphans(path: Path) -> None:
     """Delete what writers of `path` left that were killed: nobody holds the lock on those folders any more.
 
     One killed between two renames left the only copy aside: it goes back to its place.

@@ -155,18 +155,24 @@ from pathlib import Path
 from plait.aggregates import build, AggregateSpec
 from plait.settings import Home
 
-_, project, spec, until, where = sys.argv
-owner = build._TableWriter if where == "close" else build
-before = getattr(owner, where)
+_, project, spec, until, where, mode = sys.argv
+owner = {"close": build._TableWriter, "read_schema": build.pq}.get(where, build)
+before, compact = getattr(owner, where), build._Builder._compact
+compacting = []
 
 def die(*args, **settings):
     if where == "close":
         before(*args)  # every row is written, and nothing is in its place
+    elif mode == "compact" and not compacting:
+        return before(*args, **settings)  # the increment goes well; it is the compaction that dies
     os.kill(os.getpid(), signal.SIGKILL)
 
 setattr(owner, where, die)
+if mode == "compact":
+    build.MAX_PARTS = 1
+    build._Builder._compact = lambda *args: (compacting.append(1), compact(*args))
 home = Home(project=Path(project), root=Path(project) / ".plait")
-build.build_view(home, AggregateSpec.from_json(spec), until=datetime.fromisoformat(until))
+build.build_view(home, AggregateSpec.from_json(spec), until=datetime.fromisoformat(until), full=mode == "full")
 """
 
 
@@ -180,12 +186,40 @@ def test_a_build_killed_on_the_way_leaves_whole_rows_and_the_next_one_completes(
         for each in (home, once):
             add_part(each, "more", more)
     build(once)
-    until = (datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=END)).isoformat()
-    command = [sys.executable, "-W", "ignore", "-c", KILLED, str(home.project), SPEC.to_json(), until, where]
-    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    kill_on_the_way(home, where, mode)
     # A reader finds the table as it was, or, killed after the rename, as it will be.
     assert rows(home) == (old if where == "close" else rows(once))
     assert build(home).mode == ("full" if (where, mode) == ("write_manifest", "retile") else mode)
+    assert rows(home) == rows(once) and only_whole_files(home)
+
+
+def kill_on_the_way(home: Home, where: str, mode: str) -> None:
+    until = (datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=END)).isoformat()
+    command = [sys.executable, "-W", "ignore", "-c", KILLED, str(home.project), SPEC.to_json(), until, where, mode]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("where", ["close", "write_manifest"])
+def test_a_full_rebuild_killed_on_the_way_leaves_a_whole_table(make_home, where):
+    home, once = make_home(EVENTS), make_home(EVENTS, name="once")
+    build(home, END - DAY)
+    old = rows(home)
+    build(once)
+    kill_on_the_way(home, where, "full")
+    assert rows(home) == (old if where == "close" else rows(once))
+    assert build(home).mode == ("increment" if where == "close" else "full")
+    assert rows(home) == rows(once) and only_whole_files(home)
+
+
+@pytest.mark.parametrize("where", ["read_schema", "write_manifest"])
+def test_a_compaction_killed_on_the_way_loses_and_repeats_no_row(make_home, where):
+    """Killed while it copies, and after the folders changed places but before the manifest knows."""
+    home, once = make_home(EVENTS), make_home(EVENTS, name="once")
+    build(home, END - DAY)
+    build(once)
+    kill_on_the_way(home, where, "compact")
+    assert rows(home) == rows(once)
+    assert build(home).mode == ("current" if where == "read_schema" else "full")
     assert rows(home) == rows(once) and only_whole_files(home)
 
 

@@ -59,7 +59,7 @@ from plait.aggregates.tables import (
     seen_at_end,
 )
 from plait.errors import StoreError
-from plait.files import atomic_file, atomic_folder, full_disk_told
+from plait.files import atomic_file, atomic_folder, full_disk_told, remove_orphans
 from plait.offline.engine import Engine, open_engine
 
 if TYPE_CHECKING:
@@ -158,6 +158,7 @@ class _Builder:
             (self.folder / name).unlink()
         for aside in self.folder.glob(".*.tmp-*"):  # nobody else writes here: the lock is ours
             aside.unlink()
+        remove_orphans(self.folder)
         return before
 
     def _attributes_reach_back(self, before: BuildManifest, sources: dict[str, FileStamps]) -> bool:
