@@ -367,15 +367,14 @@ def test_postgresql_with_types_of_its_own(
             db.execute("INSERT INTO deeds VALUES (%s, %s, %s, %s, %s, %s, %s, %s)", row)
     columns = {"user_id": "who", "item_id": "what", "timestamp": "at", "type": "kind", "value": "stars"}
     what = {"query": "SELECT * FROM deeds WHERE what < 100"} if by_query else {"table": "deeds"}
-    source = url.replace("postgresql://", "postgresql+psycopg://")
-    done = import_table(home, ImportSpec(kind="feedback", source=source, columns=columns, **what))
+    done = import_table(home, ImportSpec(kind="feedback", source=url, columns=columns, **what))
     rows = sorted(pq.read_table(done.path).to_pylist(), key=lambda row: row["timestamp"])
     assert [row["event_id"] for row in rows] == [str(event_id) for event_id in ids]
     assert [row["timestamp"] for row in rows] == [START + timedelta(minutes=i) for i in range(10)]
     assert [row["value"] for row in rows] == [None if i == 3 else i / 4 for i in range(10)]
     assert {row["type"] for row in rows} == {"click"}
     shown = {"request_id": "event_id", "user_id": "who", "item_id": "what", "timestamp": "told"}
-    done = import_table(home, ImportSpec(kind="impressions", source=source, columns=shown, **what))
+    done = import_table(home, ImportSpec(kind="impressions", source=url, columns=shown, **what))
     rows = sorted(pq.read_table(done.path).to_pylist(), key=lambda row: row["timestamp"])
     assert [row["timestamp"] for row in rows] == [START + timedelta(minutes=i) for i in range(10)]
     assert [len(row["arms"] or []) for row in rows] == [1 - i % 2 for i in range(10)]

@@ -340,6 +340,8 @@ def _sql(url: str, query: str | None, table: str | None) -> Iterator[pa.RecordBa
         raise SpecError("reading a database needs either a query or the name of a table")
     try:
         address = sa.make_url(url)
+        if address.drivername == "postgresql":  # SQLAlchemy's default driver is the one before it
+            address = address.set(drivername="postgresql+psycopg")
         engine = sa.create_engine(address)
     except ImportError as error:
         driver = (error.name or "").partition(".")[0]
