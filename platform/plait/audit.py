@@ -8,6 +8,7 @@ it:
 - "not materialized": offline as of the last materialization before the request, the value is the served one
 - "missing online": the server had no value and offline has one (missing entity, or expired there)
 - "missing offline": the other way round
+- "not on record": the request is older than the last 100 materializations, which are all that the registry remembers
 - "value": none of these: offline and online disagree, which is a fault
 """
 
@@ -32,6 +33,7 @@ from plait.models import ModelRegistry
 from plait.offline.build import REQUEST_TIME, point_in_time
 from plait.service import ServiceSpec, open_store, resolve_service
 from plait.settings import Home
+from plait.stores.engine import RUNS_ON_RECORD
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -118,7 +120,7 @@ def _audit_model(
     rows = rows.append_column("sample_id", pa.array(np.arange(rows.num_rows)))
     served, notes = _served(rows, spec)
     rebuilt = point_in_time(store, spec, _samples(rows, rows["event_timestamp"]))
-    earlier = _as_materialized(store, spec, rows)
+    earlier, forgotten = _as_materialized(store, spec, rows)
     stale_transform = {
         output
         for transform in spec.transforms
@@ -126,7 +128,9 @@ def _audit_model(
         for output in transform.outputs
     }
     features = tuple(
-        _audit_feature(name, served[name], rebuilt[name], earlier[name] if earlier else None, name in stale_transform)
+        _audit_feature(
+            name, served[name], rebuilt[name], earlier[name] if earlier else None, forgotten, name in stale_transform
+        )
         for name in served.column_names
     )
     artifact = load_artifact(registered.path)
@@ -188,21 +192,28 @@ def _with(keys: Mapping[str, Any], table: pa.Table) -> pa.Table:
     return pa.table(dict(keys) | {name: table[name] for name in table.column_names if name not in keys})
 
 
-def _as_materialized(store: FeatureStore, spec: ServiceSpec, rows: pa.Table) -> pa.Table | None:
-    """Features as of the last materialization that ended before each request; None if the registry knows of none."""
-    ends = sorted(
-        {
-            end if end.tzinfo else end.replace(tzinfo=UTC)
-            for view in spec.views
-            for _, end in store.get_feature_view(view.name).materialization_intervals
-        }
-    )
-    if not ends:
-        return None
+def _as_materialized(store: FeatureStore, spec: ServiceSpec, rows: pa.Table) -> tuple[pa.Table | None, list[bool]]:
+    """Features as of each view's last materialization before the request, or None if the registry knows of none; and
+    which requests are older than what it remembers of them."""
     requested = rows["event_timestamp"].cast(pa.timestamp("us", tz="UTC")).to_pylist()
-    marks = [max((end for end in ends if end <= when), default=when) for when in requested]
-    stored = point_in_time(store, spec, _samples(rows, pa.array(marks, pa.timestamp("us", tz="UTC"))))
-    return _transform_again(stored, spec, rows)
+    runs = {view.name: _runs(store, view.name) for view in spec.views}
+    stored: pa.Table | None = None
+    for ends in filter(None, sorted(set(runs.values()))):
+        marks = [max((end for end in ends if end <= when), default=when) for when in requested]
+        found = point_in_time(store, spec, _samples(rows, pa.array(marks, pa.timestamp("us", tz="UTC"))))
+        stored = found if stored is None else stored
+        for feature in spec.features:
+            if runs.get(feature.view) == ends:
+                stored = stored.set_column(stored.column_names.index(feature.name), feature.name, found[feature.name])
+    begins = [ends[0] for ends in runs.values() if len(ends) >= RUNS_ON_RECORD]
+    forgotten = [any(when < begin for begin in begins) for when in requested]
+    return (None if stored is None else _transform_again(stored, spec, rows)), forgotten
+
+
+def _runs(store: FeatureStore, view: str) -> tuple[datetime, ...]:
+    """When the view's materializations that are on record ended."""
+    intervals = store.get_feature_view(view).materialization_intervals
+    return tuple(sorted({end if end.tzinfo else end.replace(tzinfo=UTC) for _, end in intervals}))
 
 
 def _transform_again(stored: pa.Table, spec: ServiceSpec, rows: pa.Table) -> pa.Table:
@@ -223,14 +234,19 @@ def _transform_again(stored: pa.Table, spec: ServiceSpec, rows: pa.Table) -> pa.
 
 
 def _audit_feature(
-    name: str, served: pa.ChunkedArray, rebuilt: pa.ChunkedArray, earlier: pa.ChunkedArray | None, stale: bool
+    name: str,
+    served: pa.ChunkedArray,
+    rebuilt: pa.ChunkedArray,
+    earlier: pa.ChunkedArray | None,
+    forgotten: Sequence[bool],
+    stale: bool,
 ) -> FeatureAudit:
     ours, truth = served.to_pylist(), rebuilt.to_pylist()
     before: Sequence[Any] = earlier.to_pylist() if earlier is not None else truth
     reasons: Counter[str] = Counter()
-    for mine, right, then in zip(ours, truth, before, strict=True):
+    for mine, right, then, unknown in zip(ours, truth, before, forgotten, strict=True):
         if not same(mine, right):
-            reasons[_reason(mine, right, then, stale)] += 1
+            reasons["not on record" if unknown and not stale else _reason(mine, right, then, stale)] += 1
     return FeatureAudit(name=name, n_rows=len(ours), n_different=reasons.total(), reasons=dict(reasons))
 
 

@@ -180,14 +180,18 @@ def test_incremental_runs_pick_up_rows_that_arrive_late_within_the_overlap(proje
     assert project.read(3) == [3]
 
 
-def test_the_registry_s_intervals_stay_few_however_often_a_view_is_materialized(project):
+def test_the_registry_s_intervals_stay_few_however_often_a_view_is_materialized(project, monkeypatch):
+    monkeypatch.setattr("plait.stores.engine.RUNS_ON_RECORD", 3)
     project.write([(1, T0, T0, 1)])
     project.apply()
-    for day in range(4):
+    for day in range(8):
         project.store.materialize_incremental(T0 + (day + 1) * DAY) if day else project.store.materialize(T0, T0 + DAY)
+        project.store.materialize(T0, T0 + DAY)  # again and again the same
     intervals = project.store.get_feature_view("stats").materialization_intervals
-    assert len(intervals) <= 2
-    assert merge_intervals(intervals) == [(T0, T0 + 4 * DAY)]
+    assert len(intervals) <= 5  # Feast appends the last one after the engine merged
+    assert merge_intervals(intervals) == [(T0, T0 + 8 * DAY)]
+    # When the last runs were is not forgotten.
+    assert sorted(end for _, end in intervals)[-3:] == [T0 + day * DAY for day in (6, 7, 8)]
 
 
 def test_a_view_that_gained_a_feature_serves_old_rows_until_it_is_materialized_again(project):

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from feast.infra.registry.base_registry import BaseRegistry
 
 Interval = tuple[datetime, datetime]
+RUNS_ON_RECORD = 100
 logger = logging.getLogger(__name__)
 
 
@@ -212,12 +213,16 @@ class ColumnarComputeEngine(ComputeEngine):
 
 
 def compact_intervals(registry: BaseRegistry, view_name: str, project: str) -> None:
-    """Merge a view's materialization intervals in the registry; Feast appends one a run and never merges any."""
+    """Merge all but a view's last RUNS_ON_RECORD intervals in the registry; Feast appends one a run, for ever.
+
+    The ends of the last ones stay, since they tell what was served when: the audit of live features asks.
+    """
     view: Any = registry.get_any_feature_view(view_name, project)
     intervals = [(_aware(start), _aware(end)) for start, end in view.materialization_intervals]
-    merged = merge_intervals(intervals)
-    if len(merged) < len(intervals):
-        view.materialization_intervals = merged
+    kept = sorted(set(intervals), key=lambda interval: interval[::-1])
+    kept = merge_intervals(kept[:-RUNS_ON_RECORD]) + kept[-RUNS_ON_RECORD:]
+    if len(kept) < len(intervals):
+        view.materialization_intervals = kept
         registry.apply_feature_view(view, project)
 
 
