@@ -102,6 +102,28 @@ def test_pull_latest_equals_the_stock_store(stats: Any) -> None:
     assert results[0]["a"].to_pylist() == [20, 30, 40]
 
 
+def test_of_rows_that_tie_in_all_times_the_one_written_last_is_pulled_as_in_history(repo: Any, view: Any) -> None:
+    moment = pa.array([T0, T0], MICROS)
+    for part, values in enumerate([(1, 2), (3, 4)]):
+        columns = {"user_id": [1, 2], "event_timestamp": moment, "created": moment, "a": list(values)}
+        repo.write(f"v/part-{part}.parquet", pa.table(columns))
+    repo.apply([view("v", str(repo.path / "data/v"), features={"a": "Int64"}, created="created")])
+    store = repo.store()
+    job = store._get_provider().offline_store.pull_latest_from_table_or_query(
+        config=store.config,
+        data_source=store.get_feature_view("v").batch_source,
+        join_key_columns=["user_id"],
+        feature_name_columns=["a"],
+        timestamp_field="event_timestamp",
+        created_timestamp_column="created",
+        start_date=T0 - timedelta(hours=1),
+        end_date=T0 + timedelta(hours=1),
+    )
+    pulled = job.to_arrow().sort_by("user_id")["a"].to_pylist()
+    frame = pa.table({"user_id": [1, 2], "event_timestamp": moment})
+    assert pulled == store.get_historical_features(frame, ["v:a"]).to_arrow()["a"].to_pylist() == [3, 4]
+
+
 def test_pull_all_takes_both_ends_of_the_range_and_all_when_there_is_none(stats: Any) -> None:
     store = stats.store()
     pull = store._get_provider().offline_store.pull_all_from_table_or_query

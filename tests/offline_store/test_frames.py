@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from plait.errors import StoreError
+from plait.stores import asof_gather
+from plait.stores.asof_job import CreatedCutoffWarning
 
 MICROS = pa.timestamp("us", tz="UTC")
 DAY = [datetime(2024, 1, day, tzinfo=UTC) for day in range(1, 11)]
@@ -127,6 +130,53 @@ def test_a_date_range_needs_no_frame(stats: Any) -> None:
     ]
     assert job.metadata.min_event_timestamp == DAY[1]
     assert job.metadata.keys == ["user_id"]
+
+
+def test_a_date_range_under_the_cutoff_has_the_moments_at_which_values_became_known(repo: Any, view: Any) -> None:
+    """Not those at which they happened; and none of a row that nobody ever knew, or that is nobody's."""
+    history = {
+        "user_id": [1, 1, 1, None],
+        "event_timestamp": pa.array([DAY[0], DAY[1], DAY[2], DAY[3]], MICROS),
+        "created": pa.array([DAY[4], DAY[1], None, DAY[3]], MICROS),
+        "a": [10, 20, 30, 40],
+    }
+    path = repo.write("late.parquet", pa.table(history))
+    repo.apply([view("late", path, features={"a": "Int64"}, created="created")])
+    store = repo.store(created_cutoff=True)
+    job = store.get_historical_features(features=["late:a"], start_date=DAY[0], end_date=DAY[5])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CreatedCutoffWarning)
+        rows = job.to_arrow().to_pylist()
+    # On day 5 the value of day 1 becomes known, and is older than what was known already.
+    assert rows == [
+        {"event_timestamp": DAY[1], "user_id": 1, "a": 20},
+        {"event_timestamp": DAY[4], "user_id": 1, "a": 20},
+    ]
+
+
+def test_a_path_that_begins_like_sql_is_a_path(stats: Any) -> None:
+    for name in ("table.parquet", "values.parquet", "from/x.parquet", "select/"):
+        path = stats.path / (f"{name}part.parquet" if name.endswith("/") else name)
+        path.parent.mkdir(exist_ok=True)
+        pq.write_table(ENTITIES, path)
+        assert values(stats, name) == EXPECTED
+
+
+def test_an_entity_file_that_is_rewritten_while_it_is_read_is_an_error_not_a_mix(
+    stats: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = stats.path / "entities.parquet"
+    pq.write_table(ENTITIES, path)
+    find_rows = asof_gather._matched_rows
+
+    def find_rows_then_rewrite(*arguments: Any) -> pa.Array:
+        found = find_rows(*arguments)
+        pq.write_table(ENTITIES.slice(1), path)
+        return found
+
+    monkeypatch.setattr(asof_gather, "_matched_rows", find_rows_then_rewrite)
+    with pytest.raises(StoreError, match=r"entities\.parquet was rewritten while it was read; run again"):
+        values(stats, path)
 
 
 def test_a_date_range_over_two_views_has_each_moment_once(repo: Any, view: Any) -> None:

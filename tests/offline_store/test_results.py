@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import duckdb
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from plait.errors import StoreError
+from plait.stores.asof_job import DuckDBJob
 
 MICROS = pa.timestamp("us", tz="UTC")
 T0 = datetime(2024, 1, 1, tzinfo=UTC)
@@ -189,6 +191,72 @@ def test_many_threads_share_one_store(shop: Any) -> None:
     with ThreadPoolExecutor(5) as pool:
         answers = list(pool.map(ask, slices))
     assert pa.concat_tables(answers).equals(whole)
+
+
+def test_one_job_answers_many_threads(shop: Any) -> None:
+    job = shop.store().get_historical_features(shop.entities, shop.features)
+    whole = job.to_arrow()
+    with ThreadPoolExecutor(5) as pool:
+        wholes = [pool.submit(job.to_arrow) for _ in range(3)]
+        streams = [pool.submit(lambda: job.to_arrow_reader(100).read_all()) for _ in range(3)]
+        assert all(answer.result().equals(whole) for answer in wholes + streams)
+
+
+def test_two_open_streams_of_one_store_do_not_meet(shop: Any) -> None:
+    """Each has a connection of its own, and neither leaves anything in DuckDB's own shared one."""
+    store = shop.store()
+    frames = [shop.entities.slice(0, 400), shop.entities.slice(300, 500)]
+    jobs = [store.get_historical_features(frame, shop.features) for frame in frames]
+    readers = [job.to_arrow_reader(50) for job in jobs]
+    taken: list[list[pa.RecordBatch]] = [[], []]
+    for turn in range(10):
+        for reader, batches in zip(readers, taken, strict=True):
+            batches += [batch] if (batch := next(reader, None)) is not None else []
+        if turn == 3:
+            assert duckdb.sql("SHOW ALL TABLES").fetchall() == []
+    for job, reader, batches in zip(jobs, readers, taken, strict=True):
+        rest = list(reader)
+        assert pa.Table.from_batches(batches + rest).equals(job.to_arrow().combine_chunks())
+
+
+def test_a_failure_in_mid_stream_leaves_no_part_and_the_old_ones(shop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = shop.store(temp_directory="spill")
+    job = store.get_historical_features(shop.entities, shop.features)
+    out = shop.path / "out"
+    first = [path.read_bytes() for path in job.to_parquet(out, rows_per_part=300)]
+    seen: list[int] = []
+    streamed = DuckDBJob._streamed
+
+    def fails_later(self: DuckDBJob, table: pa.Table) -> pa.Table:
+        seen.append(len(table))
+        if len(seen) == 4:
+            raise StoreError("the transformation broke")
+        return streamed(self, table)
+
+    monkeypatch.setattr(DuckDBJob, "_streamed", fails_later)
+    with pytest.raises(StoreError, match="the transformation broke"):
+        job.to_parquet(out, rows_per_part=100, batch_rows=64, overwrite=True)
+    assert [path.read_bytes() for path in sorted(out.iterdir())] == first
+    seen.clear()
+    with pytest.raises(StoreError, match="the transformation broke"):
+        job.to_parquet(shop.path / "new", batch_rows=64)
+    assert len(seen) == 4
+    assert not (shop.path / "new").exists()
+    assert not [path for path in shop.path.iterdir() if ".tmp-" in path.name]
+    assert list((shop.path / "spill").iterdir()) == []
+
+
+def test_a_join_on_two_keys_one_of_them_text_agrees_with_the_loop(shop: Any) -> None:
+    rows = pq.read_table(shop.path / "data" / "pairs.parquet").to_pylist()
+    found = shop.store().get_historical_features(shop.entities, ["pairs:rank"]).to_arrow()
+    for asked, rank in zip(shop.entities.to_pylist(), found["rank"].to_pylist(), strict=True):
+        mine = [
+            row
+            for row in rows
+            if (row["uid"], row["shop"]) == (asked["user_id"], asked["shop"]) and row["ts"] <= asked["event_timestamp"]
+        ]
+        assert rank == (max(mine, key=lambda row: row["ts"])["raw_rank"] if mine else None)
+    assert 100 < found["rank"].null_count < 900
 
 
 def test_a_view_without_entities_joins_on_time_alone(repo: Any) -> None:

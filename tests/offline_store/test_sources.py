@@ -14,6 +14,7 @@ import pytest
 from plait.errors import StoreError
 from plait.stores import asof_search
 from plait.stores.asof_engine import EngineLimits, connect
+from plait.stores.offline import engine_limits
 
 MICROS = pa.timestamp("us", tz="UTC")
 T0 = datetime(2024, 1, 1, tzinfo=UTC)
@@ -239,6 +240,13 @@ def test_too_little_memory_is_an_error_that_names_the_setting(
     with pytest.raises(StoreError, match=r"out of memory under memory_limit=5MB.*Raise offline_store\.memory_limit"):
         job = repo.store(memory_limit="5MB").get_historical_features(entities, ["v:a"])
         job.to_arrow() if whole else job.to_arrow_reader().read_all()
+
+
+def test_the_settings_of_the_yaml_are_the_limits_of_a_query(repo: Any) -> None:
+    config = repo.store(memory_limit="300MB", threads=1, temp_directory="spill").config
+    spill = repo.path / "spill"
+    assert engine_limits(config) == EngineLimits(memory_limit="300MB", threads=1, temp_directory=spill)
+    assert engine_limits(repo.store().config) == EngineLimits()
 
 
 def test_an_arrow_table_on_the_left_is_not_joined_by_a_nested_loop() -> None:

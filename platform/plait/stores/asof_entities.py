@@ -29,6 +29,7 @@ from plait.stores.asof_sql import AT, ROW, TimeRange, ViewPlan, micros
 DEFAULT_TIME_COLUMN = "event_timestamp"
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 BEFORE_ALL = -(2**62)  # the time of a row without one: DuckDB's ASOF join would match a null with something
+_ONE_WORD = re.compile(r"[^\s(]+(\.parquet|/)$")  # a path, though it begin as values.parquet does
 _QUERY = re.compile(r"\s*(\(|select\b|with\b|from\b|values\b|table\b|pivot\b|--|/\*)", re.IGNORECASE)
 
 
@@ -162,9 +163,13 @@ class RangeEntities:
             at = f"greatest({view.event}, {view.created})" if view.cutoff and view.created else view.event
             own = dict(zip(view.join_keys.values(), view.keys, strict=True))
             selected = "".join(f", {own.get(key, 'NULL')} AS {quote(key)}" for key in keys)
+            # A row without a key is nobody's, and one of which nobody knows when it became known is never known.
+            there = [f"{key} IS NOT NULL" for key in view.keys]
+            if view.cutoff and view.created:
+                there.append(f"{view.created} IS NOT NULL")
             spines.append(
                 f"SELECT make_timestamptz({at}) AS {DEFAULT_TIME_COLUMN}{selected} FROM {view.relation.sql} "
-                f"WHERE {at} BETWEEN {bounds.first} AND {bounds.last}"
+                f"WHERE {' AND '.join([f'{at} BETWEEN {bounds.first} AND {bounds.last}', *there])}"
             )
         order = ", ".join([DEFAULT_TIME_COLUMN, *(f"{quote(key)} NULLS LAST" for key in keys)])
         db.execute(f"CREATE TABLE __query AS FROM ({' UNION '.join(spines)}) ORDER BY {order}")
@@ -186,9 +191,9 @@ def read_entities(
     if isinstance(frame, Path):
         return ParquetEntities(path=resolve_path(frame, repo_path))
     if isinstance(frame, str):
-        if _QUERY.match(frame):
-            return QueryEntities(query=frame, sources=sources, repo_path=repo_path)
         path = resolve_path(frame, repo_path)
+        if _QUERY.match(frame) and not _ONE_WORD.match(frame):
+            return QueryEntities(query=frame, sources=sources, repo_path=repo_path)
         if frame.endswith((".parquet", "/")) or Path(path).exists() or is_remote(path):
             return ParquetEntities(path=path)
         raise StoreError(

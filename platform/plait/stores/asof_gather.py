@@ -32,9 +32,10 @@ _MATCHED = "__matched"
 def gather(db: duckdb.DuckDBPyConnection, bound: BoundEntities, views: Sequence[ViewPlan]) -> pa.Table:
     """The entity rows in order, with the features of `views`, whose cutoffs are settled.
 
-    Raises StoreError if a source is rewritten meanwhile: its row numbers would then mean other rows.
+    Raises StoreError if a file is rewritten meanwhile: its row numbers would then mean other rows.
     """
-    stamps = {file: _stamp(file) for view in views for file in view.relation.files}
+    files = [*bound.files, *(file for view in views for file in view.relation.files)]
+    stamps = {file: _stamp(file) for file in files}
     (n_threads,) = db.execute("SELECT current_setting('threads')").fetchall()[0]
     columns: dict[str, pa.ChunkedArray | pa.Array] = {}
     # Much of the work runs in one thread, so views are worked on side by side. A table that is registered (no file) is
