@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from plait.cli import cli
 from plait.clock import Clock
-from plait.data.movielens import prepare_1m, prepare_100k
+from plait.data.movielens import STEPS, prepare_1m, prepare_100k
 from plait.data.synthetic import SLATE, SyntheticSpec, Truth, prepare_synthetic
 from plait.data.tables import SCHEMAS, prepared
 from plait.errors import DataError
@@ -75,6 +75,12 @@ def test_the_1m_layout_gives_the_same_tables(home, tmp_path):
     assert (first["title"], first["release_year"], first["genres"]) == ("Misérables, Les", 1995, ["Drama", "Musical"])
     assert table(home, "users")[0]["age"] == 18
     assert len(table(home, "impressions")) == 2
+
+
+def test_each_step_of_movielens_is_told_once_and_in_order(home, folder_100k):
+    told = []
+    prepare_100k(home, path=folder_100k, holdout=0, progress=lambda *call: told.append(call))
+    assert told == [(step, i, len(STEPS)) for i, step in enumerate(STEPS)]
 
 
 @pytest.mark.parametrize(
@@ -155,6 +161,13 @@ def test_synthetic_data_is_the_same_for_the_same_seed(tmp_path, small):
         prepare_synthetic(home, small, holdout=0.1)
     for name in SCHEMAS:
         assert table(homes[0], name) == table(homes[1], name)
+
+
+def test_progress_of_synthetic_data_reaches_the_number_of_requests(home):
+    told = []
+    spec = SyntheticSpec(n_users=30, n_items=20, n_requests=50_001, days=2)  # two chunks
+    prepare_synthetic(home, spec, holdout=0, progress=lambda *call: told.append(call[1:]))
+    assert told == [(0, 50_001), (50_000, 50_001), (50_001, 50_001)]
 
 
 def test_synthetic_stars_grow_with_the_appeal(home, small):

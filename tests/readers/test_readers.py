@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from plait.data import readers
 from plait.data.readers import ImportSpec, detect_format, import_table, open_source
 from plait.errors import DataError, PlaitError, SettingsError, SpecError, UnknownNameError
 from plait.eventlog import IMPRESSIONS as EVENT_IMPRESSIONS
@@ -122,6 +123,18 @@ def test_importing_a_source_again_replaces_it(home: Home, tmp_path: Path) -> Non
     again = import_table(home, spec)
     assert (again.path, again.rows) == (first.path, 3)
     assert list((home.events / "feedback").iterdir()) == [first.path]
+
+
+def test_progress_rises_to_the_rows_that_were_written(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "BATCH_ROWS", 7)
+    spec = ImportSpec(kind="feedback", source=write_parquet(tmp_path), columns=COLUMNS)
+    seen: list[int] = []
+    done = import_table(home, spec, progress=seen.append)
+    assert seen == sorted(set(seen))
+    assert seen[-1] == done.rows
+    assert len(seen) >= N // 7
 
 
 def test_impressions_get_a_request_each_and_constants(home: Home, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 
 from plait.errors import DataError, PlaitError, SpecError, UnknownNameError
 from plait.offline.engine import open_engine
-from plait.offline.samples import build_samples, output_schema, read_manifest, sample_rows
+from plait.offline.samples import STAGES, build_samples, output_schema, read_manifest, sample_rows
 from plait.offline.spec import (
     AttributionSpec,
     FilterSpec,
@@ -147,6 +147,27 @@ def command(home: Home, *words: str):
     from plait.cli import cli
 
     return CliRunner(env={"PLAIT_HOME": str(home.root)}).invoke(cli, ["samples", "build", *words])
+
+
+def test_each_stage_is_told_as_it_begins_before_its_counts(make_home: Callable[..., Home]) -> None:
+    told: list[tuple] = []
+    build_samples(
+        make_home(),
+        MANY,
+        now=NOW,
+        progress=lambda *call: told.append(call),
+        report=lambda step: told.append((step.table, step.step.partition(":")[0])),
+    )
+    assert [call for call in told if len(call) == 3] == [(name, i, len(STAGES)) for i, name in enumerate(STAGES)]
+    stage = ""
+    begun = {}
+    for call in told:
+        stage = call[0] if len(call) == 3 else stage
+        begun.setdefault(call, stage)
+    assert begun["impressions", "read"] == "impressions"
+    assert begun["feedback", "without duplicates"] == "feedback"
+    assert begun["samples", "joined to feedback"] == "join"
+    assert begun["samples", "written"] == "write"
 
 
 def test_the_command_prints_counts_and_rates(make_home: Callable[..., Home], monkeypatch: pytest.MonkeyPatch) -> None:

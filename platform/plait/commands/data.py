@@ -8,6 +8,7 @@ import click
 
 from plait.data.tables import Prepared, clear, prepared
 from plait.errors import DataError, SpecError
+from plait.progress import progress_bar
 from plait.settings import Home, find_home
 
 SOURCES = ("movielens-100k", "movielens-1m", "synthetic")
@@ -15,7 +16,18 @@ SOURCES = ("movielens-100k", "movielens-1m", "synthetic")
 
 @click.group()
 def data() -> None:
-    """Data sets as event tables: impressions, feedback, users, items."""
+    """Data sets as event tables: impressions, feedback, users, items.
+
+    Each table is a folder of parquet files in .plait/events/, which all later steps read. PLAIT_HOME names another
+    folder than .plait/.
+
+    \b
+    plait data prepare synthetic                  # nothing to download
+    plait data prepare movielens-100k             # real ratings
+    plait data import feedback clicks.parquet     # your own events
+
+    Next: `plait features build` and `plait samples build`.
+    """
 
 
 @data.command()
@@ -53,6 +65,16 @@ def prepare(
     synthetic        generated: impressions, clicks, purchases of which the truth is known
 
     A rating is an impression with a "rating" event; 4 or 5 stars are a "click" as well.
+
+    \b
+    plait data prepare movielens-100k
+    plait data prepare movielens-1m --path ~/ml-1m --replace
+    plait data prepare synthetic --requests 5000 --seed 7
+
+    The past goes to .plait/events/, the held-out future to .plait/holdout/, which `plait simulate` reads. A home holds
+    one data set: asking for the same again only prints it, and another, or other options, need --replace.
+
+    Next: `plait features build`.
     """
     home = find_home()
     present = prepared(home)
@@ -87,11 +109,21 @@ def import_(
     """Read your own events from SOURCE (a path, a folder, or a database's SQLAlchemy URL) into an event TABLE.
 
     \b
+    plait data import impressions shown.parquet
     plait data import feedback clicks.csv --column item_id=sku --constant type=click --unit ms
-    plait data import impressions postgresql://host/db --query "SELECT ..."
+    plait data import items sqlite:///shop.db --table products --column item_id=id
 
-    Importing the same source again replaces what it brought before. The clock is then the wall's, unless the home
-    replays a prepared data set.
+    \b
+    Columns that SOURCE must have, unless --column or --constant gives them; others of the event table may be there:
+      impressions   timestamp, user_id, item_id
+      feedback      type, timestamp, user_id
+      users         user_id, event_timestamp
+      items         item_id, event_timestamp
+
+    Writes one file, .plait/events/TABLE/import-*.parquet; importing the same source again replaces it. The clock is
+    then the wall's, unless the home replays a prepared data set.
+
+    Next: `plait samples build`, when there are impressions and feedback.
     """
     from plait.data.readers import ImportSpec, import_table
 
@@ -105,7 +137,9 @@ def import_(
         query=query,
         table=source_table,
     )
-    done = import_table(find_home().create(), spec)
+    with progress_bar(f"import {table}", unit=" rows", scale=True) as progress:
+        # No reader knows how many rows will come before it has read them.
+        done = import_table(find_home().create(), spec, progress=lambda rows: progress("", rows, None))
     click.echo(f"{done.kind}: {done.rows:,} rows in {done.path}")
 
 
@@ -134,10 +168,13 @@ def _prepare(
         from plait.data.synthetic import SyntheticSpec, prepare_synthetic
 
         spec = SyntheticSpec(n_users=users, n_items=items, n_requests=requests, days=days, seed=seed)
-        return prepare_synthetic(home, spec, holdout=holdout)
+        with progress_bar(source, unit=" requests", scale=True) as progress:
+            return prepare_synthetic(home, spec, holdout=holdout, progress=progress)
     from plait.data.movielens import prepare_1m, prepare_100k
 
-    return (prepare_100k if source == "movielens-100k" else prepare_1m)(home, path=path, holdout=holdout)
+    prepare = prepare_100k if source == "movielens-100k" else prepare_1m
+    with progress_bar(source, unit="step") as progress:
+        return prepare(home, path=path, holdout=holdout, progress=progress)
 
 
 def _tell(done: Prepared) -> None:

@@ -10,7 +10,15 @@ from plait.settings import find_home
 
 @click.group()
 def dataset() -> None:
-    """Build a model's training set: samples joined to its feature service, point in time."""
+    """Build a model's training set: samples joined to its feature service, point in time.
+
+    \b
+    plait dataset build deepfm     # .plait/samples/ and features into .plait/datasets/
+    plait dataset list
+    plait dataset show             # its data card: null rates, label rates, probable leaks
+
+    PLAIT_HOME names another folder than .plait/. Next: `plait train MODEL`.
+    """
 
 
 @dataset.command()
@@ -36,7 +44,19 @@ def build(
     chunk_rows: int,
     card: bool,
 ) -> None:
-    """Write datasets/SAMPLES-HASH for MODEL (trainers/configs/MODEL.yaml), or reuse it if it is there."""
+    """Write datasets/SAMPLES-HASH for MODEL (trainers/configs/MODEL.yaml), or reuse it if it is there.
+
+    Needs `plait samples build`, `plait features build` and `feast apply` before. Reads .plait/samples/ and
+    .plait/features/; writes train, valid and test parquet files, manifest.json and the data card (card.md, card.json)
+    to .plait/datasets/SAMPLES-HASH/. Other samples or features make another hash, so nothing is overwritten.
+
+    \b
+    plait dataset build deepfm
+    plait dataset build lightgbm --samples liked --label like
+    plait dataset build --service click_deepfm --engine duckdb --memory 4GB
+
+    Next: `plait dataset show`, then `plait train MODEL`.
+    """
     from tqdm import tqdm
 
     from plait.offline.build import build_dataset, read_model
@@ -84,7 +104,13 @@ def build(
 
 @dataset.command("list")
 def list_() -> None:
-    """List the datasets, newest first."""
+    """List the datasets, newest first: name, rows, features, when it was built.
+
+    \b
+    plait dataset list
+
+    Reads .plait/datasets/*/manifest.json. Next: `plait dataset show NAME`.
+    """
     from plait.offline.dataset import find_datasets
 
     for found in find_datasets(find_home().datasets):
@@ -96,7 +122,15 @@ def list_() -> None:
 @dataset.command()
 @click.argument("name", required=False)
 def show(name: str | None) -> None:
-    """Print the data card of dataset NAME (default: the newest)."""
+    """Print the data card of dataset NAME (default: the newest).
+
+    Null rates, cardinalities, the label's rate by day, each feature's AUC alone, and warnings of probable leaks.
+
+    \b
+    plait dataset show
+
+    Reads .plait/datasets/NAME/ and writes card.md and card.json there. Next: `plait train MODEL`.
+    """
     from plait.offline.card import write_card
     from plait.offline.dataset import find_datasets
 

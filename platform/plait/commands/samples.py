@@ -11,12 +11,20 @@ import click
 
 from plait.errors import SpecError
 from plait.offline import spec as specs
+from plait.progress import beside_bars, progress_bar
 from plait.settings import find_home
 
 
 @click.group()
 def samples() -> None:
-    """Join impressions to feedback into labelled samples, split in time."""
+    """Join impressions to feedback into labelled samples, split in time.
+
+    \b
+    plait samples build      # .plait/events/ into .plait/samples/default/
+    plait samples show       # what is in it
+
+    PLAIT_HOME names another folder than .plait/. Next: `plait dataset build MODEL`, which adds the model's features.
+    """
 
 
 @samples.command()
@@ -40,16 +48,27 @@ def samples() -> None:
 def build(spec_file: Path | None, engine: str, memory: str | None, **flags: Any) -> None:
     """Write samples/NAME: one row per impression with its labels, a weight and a split.
 
-    Prints how many rows each step left. Flags win over the file of --spec.
+    Reads impressions, feedback and items of .plait/events/; writes parquet files and manifest.json to
+    .plait/samples/NAME/, in the place of what was there. Prints how many rows each step left. Flags win over the file
+    of --spec.
+
+    \b
+    plait samples build
+    plait samples build --name liked --label "like=rating>=4" --window 7d
+    plait samples build --negatives uniform:4 --split user_time --shares 0.7,0.2
+
+    Next: `plait dataset build MODEL`, with --samples NAME unless it is default.
     """
     from plait.offline.samples import Step, build_samples
 
     spec = merged_spec(spec_file, flags)
 
     def report(step: Step) -> None:
-        click.echo(f"  {step.table:<12} {step.rows:>12,}  {step.step}")
+        with beside_bars():
+            click.echo(f"  {step.table:<12} {step.rows:>12,}  {step.step}")
 
-    manifest = build_samples(find_home(), spec, engine=engine, memory=memory, report=report)
+    with progress_bar("samples", unit="stage") as progress:
+        manifest = build_samples(find_home(), spec, engine=engine, memory=memory, report=report, progress=progress)
     for part, rows in manifest.rows.items():
         rates = ", ".join(f"{name} {counts[part] / rows:.2%}" for name, counts in manifest.positives.items() if rows)
         click.echo(f"  {part:<12} {rows:>12,}  {rates}")
@@ -61,7 +80,16 @@ def build(spec_file: Path | None, engine: str, memory: str | None, **flags: Any)
 @samples.command()
 @click.argument("name", default="default")
 def show(name: str) -> None:
-    """Print the manifest of samples/NAME."""
+    """Print the manifest of samples/NAME (default: default) as JSON.
+
+    It tells the choices they were built with, the rows each step left, and rows and positives of each split.
+
+    \b
+    plait samples show
+    plait samples show liked
+
+    Reads .plait/samples/NAME/manifest.json. Next: `plait dataset build MODEL`.
+    """
     from plait.offline.samples import read_manifest
 
     manifest = read_manifest(find_home().samples / name)

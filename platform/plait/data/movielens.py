@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from plait.data.tables import SCHEMAS, TIMESTAMP, Prepared, event_writer
 from plait.errors import DataError
+from plait.progress import Progress, silent, stepwise
 from plait.settings import Home
 
 WHEEL = "recbole==1.2.1"
@@ -31,6 +32,17 @@ WHEEL_SHA256 = "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407
 _IN_WHEEL = "recbole/dataset_example/ml-100k/"
 _FILES_100K = ("ml-100k.inter", "ml-100k.user", "ml-100k.item")
 CLICK_FROM = 4  # stars
+# As `progress` tells them. Finding the files may be downloading them.
+STEPS = (
+    "find files",
+    "read ratings",
+    "read users",
+    "read items",
+    "write impressions",
+    "write feedback",
+    "write users",
+    "write items",
+)
 _YEAR = re.compile(r"\((\d{4})\)\s*$")
 
 
@@ -42,39 +54,56 @@ class _Ratings:
     seconds: np.ndarray  # int64, unix
 
 
-def prepare_100k(home: Home, *, path: Path | None, holdout: float) -> Prepared:
+def prepare_100k(home: Home, *, path: Path | None, holdout: float, progress: Progress = silent) -> Prepared:
     """MovieLens-100K from `path` (a folder with the three ml-100k.* files), by default downloaded into the home."""
+    begin = stepwise(progress, STEPS)
+    begin("find files")
     folder = path or _download_100k(home)
     _require(folder, _FILES_100K)
+    begin("read ratings")
     ratings = _ratings(_rows(folder / "ml-100k.inter", "\t", 4, _rating, header=True))
+    begin("read users")
     users = list(_rows(folder / "ml-100k.user", "\t", 5, _user_100k, header=True))
+    begin("read items")
     items = list(_rows(folder / "ml-100k.item", "\t", 4, _item_100k, header=True))
-    return _prepare(home, "movielens-100k", ratings, users, items, holdout)
+    return _prepare(home, "movielens-100k", ratings, users, items, holdout, begin)
 
 
-def prepare_1m(home: Home, *, path: Path | None, holdout: float) -> Prepared:
+def prepare_1m(home: Home, *, path: Path | None, holdout: float, progress: Progress = silent) -> Prepared:
     """MovieLens-1M from `path`: users.dat, movies.dat and ratings.dat (or ratings.parquet with the same columns)."""
     if path is None:
         raise DataError(
             "movielens-1m is not downloaded: give --path DIR with GroupLens' users.dat, movies.dat and ratings.dat"
         )
+    begin = stepwise(progress, STEPS)
+    begin("find files")
     _require(path, ("users.dat", "movies.dat"))
+    begin("read ratings")
     if (path / "ratings.dat").exists():
         ratings = _ratings(_rows(path / "ratings.dat", "::", 4, _rating, encoding="latin-1"))
     elif (path / "ratings.parquet").exists():
         ratings = _ratings_parquet(path / "ratings.parquet")
     else:
         raise DataError(f"{path} holds neither ratings.dat nor ratings.parquet")
+    begin("read users")
     users = list(_rows(path / "users.dat", "::", 5, _user_1m, encoding="latin-1"))
+    begin("read items")
     items = list(_rows(path / "movies.dat", "::", 3, _item_1m, encoding="latin-1"))
-    return _prepare(home, "movielens-1m", ratings, users, items, holdout)
+    return _prepare(home, "movielens-1m", ratings, users, items, holdout, begin)
 
 
 def _prepare(
-    home: Home, source: str, ratings: _Ratings, users: list[dict], items: list[dict], holdout: float
+    home: Home,
+    source: str,
+    ratings: _Ratings,
+    users: list[dict],
+    items: list[dict],
+    holdout: float,
+    begin: Callable[[str], None],
 ) -> Prepared:
     if not len(ratings.seconds):
         raise DataError(f"{source}: the ratings file holds no rating")
+    begin("write impressions")
     order = np.lexsort((ratings.item_id, ratings.user_id, ratings.seconds))
     user_id, item_id = ratings.user_id[order], ratings.item_id[order]
     stars, seconds = ratings.stars[order], ratings.seconds[order]
@@ -118,9 +147,12 @@ def _prepare(
         row["event_timestamp"] = row["created"] = known_from
     with event_writer(home, source, cutoff, replay=holdout > 0) as writer:
         writer.write("impressions", impressions)
+        begin("write feedback")
         writer.write("feedback", rating)
         writer.write("feedback", clicks)
+        begin("write users")
         writer.write("users", pa.Table.from_pylist(users).cast(_schema_of("users", users)))
+        begin("write items")
         writer.write("items", pa.Table.from_pylist(items).cast(_schema_of("items", items)))
     return writer.done(source)
 

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from tqdm import tqdm
 
 from plait.data.tables import TIMESTAMP, EventWriter, Prepared, event_writer
 from plait.errors import DataError, SpecError
+from plait.progress import Progress, silent
 from plait.settings import Home
 
 TRUTH_FILE = "truth.npz"
@@ -132,8 +132,11 @@ class Truth:
         return cls(**values)
 
 
-def prepare_synthetic(home: Home, spec: SyntheticSpec, *, holdout: float) -> Prepared:
-    """Generate the events; the last `holdout` share of the time becomes the held-out future."""
+def prepare_synthetic(home: Home, spec: SyntheticSpec, *, holdout: float, progress: Progress = silent) -> Prepared:
+    """Generate the events; the last `holdout` share of the time becomes the held-out future.
+
+    progress: called with the requests generated so far.
+    """
     truth = Truth.draw(spec)
     span = timedelta(days=spec.days)
     cutoff = _START + span * (1 - holdout)
@@ -142,11 +145,12 @@ def prepare_synthetic(home: Home, spec: SyntheticSpec, *, holdout: float) -> Pre
         truth.save(writer.folder / "holdout" / TRUTH_FILE)
         _write_people_and_things(writer, truth, spec)
         chunk = 50_000
-        starts = range(0, spec.n_requests, chunk)
-        for start in tqdm(starts, desc="synthetic events", unit="chunk", disable=len(starts) < 3):
+        progress("", 0, spec.n_requests)
+        for start in range(0, spec.n_requests, chunk):
             n = min(chunk, spec.n_requests - start)
             low, high = start / spec.n_requests, (start + n) / spec.n_requests
             _write_requests(writer, truth, spec, start, n, low, high)
+            progress("", start + n, spec.n_requests)
     return writer.done(source)
 
 

@@ -29,11 +29,13 @@ from plait.offline.parts import Part, PartWriter, content_hash
 from plait.offline.spec import SampleSpec
 from plait.offline.splits import PARTS, with_split
 from plait.offline.weights import with_weights
+from plait.progress import Progress, silent, stepwise
 from plait.settings import Home
 
 if TYPE_CHECKING:
     import ibis.expr.types as ir
 
+STAGES = ("impressions", "feedback", "join", "filters", "split", "negatives", "write")
 MICROS = pa.timestamp("us", tz="UTC")
 IMPRESSIONS = {
     "request_id": "string",
@@ -116,22 +118,25 @@ def build_samples(
     memory: str | None = None,
     now: datetime | None = None,
     report: Callable[[Step], None] = lambda step: None,
+    progress: Progress = silent,
 ) -> SampleManifest:
     """Write `home.samples/<spec.name>` and return its manifest; the old folder stays until the new one is whole.
 
     now: the present, by default the home's clock; a sample younger than its attribution window is not yet mature.
-    report: called with each step as its count is known.
+    report: called with each step as its count is known. progress: called as each of STAGES begins.
     Raises DataError for missing, corrupt or unusable tables, UnknownNameError for a feedback type nobody sent.
     """
     now = now or Clock.of(home).now()
     steps: list[Step] = []
+    begin = stepwise(progress, STAGES)
 
     def note(step: str, rows: int, table: str = "samples") -> None:
         steps.append(Step(step=step, rows=rows, table=table))
         report(steps[-1])
 
     with open_engine(engine, memory=memory) as running:
-        table = sample_rows(running, home, spec, now=now, note=note)
+        table = sample_rows(running, home, spec, now=now, note=note, begin=begin)
+        begin("write")
         folder = home.samples / spec.name
         with atomic_folder(folder) as aside:
             manifest = _write(running, table, spec, aside, steps=steps, now=now)
@@ -139,18 +144,30 @@ def build_samples(
     return manifest
 
 
-def sample_rows(engine: Engine, home: Home, spec: SampleSpec, *, now: datetime, note: Callable[..., None]) -> ir.Table:
+def sample_rows(
+    engine: Engine,
+    home: Home,
+    spec: SampleSpec,
+    *,
+    now: datetime,
+    note: Callable[..., None],
+    begin: Callable[[str], None] = lambda stage: None,
+) -> ir.Table:
     """All of the pipeline but the writing: an expression with the samples' columns, unordered, without sample_id."""
     import ibis
 
+    begin("impressions")
     impressions = load(engine, home, "impressions", note)
+    begin("feedback")
     feedback = load(engine, home, "feedback", note)
     _refuse_unknown_types(feedback, spec)
 
+    begin("join")
     labelled = engine.keep(label_impressions(impressions, feedback, spec))
     credited = ", ".join(f"{_ones(labelled, label.name)} {label.name}" for label in spec.labels)
     note(f"joined to feedback: {credited}", engine.count(labelled))
     _tell_fates(fates(impressions, feedback, spec), note)
+    begin("filters")
     table = labelled
     for what, filtered in filter_steps(labelled, spec.filters, spec.label):
         table = engine.keep(filtered)
@@ -165,7 +182,9 @@ def sample_rows(engine: Engine, home: Home, spec: SampleSpec, *, now: datetime, 
     if engine.count(table) == 0:
         raise DataError(f"no impression is left after: {steps_hint(spec)}; loosen the filters or check the events")
 
+    begin("split")
     table = engine.keep(with_split(engine, table, spec.split, seed=spec.seed))
+    begin("negatives")
     names = tuple(label.name for label in spec.labels)
     own = engine.keep(
         ibis.union(*(positives_by_user(feedback, labelled, label) for label in spec.labels), distinct=True)
