@@ -93,7 +93,7 @@ def repo_config(folder: Path, online_store: dict[str, Any], **more: Any) -> Repo
         "project": f"p{uuid.uuid4().hex[:8]}",
         "provider": "local",
         "registry": {"registry_type": "sql", "path": f"sqlite:///{folder}/registry.db"},
-        "offline_store": {"type": "duckdb"},
+        "offline_store": {"type": "plait.stores.offline.AsofDuckDBOfflineStore"},
         "batch_engine": {"type": "plait.stores.engine.ColumnarComputeEngine"},
         "entity_key_serialization_version": 3,
     }

@@ -274,7 +274,7 @@ def test_an_interrupted_materialization_goes_on_where_it_stopped(tmp_path, store
         return store.n_puts, job.error()
 
     n_puts, error = run(3)
-    assert (n_puts, str(error)) == (3, "the power went")
+    assert (n_puts, str(error)) == (3, "view stats: the power went")
     assert project.read(*range(50)) == [*range(20), *[None] * 30]
     assert run(None) == (3, None)  # of five batches the two that were stored are not written again
     assert project.read(*range(50)) == list(range(50))

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
-import duckdb
 import pyarrow as pa
 from feast.feature_view import DUMMY_ENTITY_ID
 from feast.infra.common.materialization_job import MaterializationJob, MaterializationJobStatus, MaterializationTask
@@ -26,6 +24,7 @@ from feast.utils import _convert_arrow_to_proto, _get_column_names
 from pydantic import Field
 
 from plait.errors import PlaitError, StoreError
+from plait.stores.asof_engine import EngineLimits, connect, plain_errors, quote
 from plait.stores.keys import StoredView
 from plait.stores.online_base import PackedOnlineStore
 
@@ -106,7 +105,9 @@ class ColumnarComputeEngine(ComputeEngine):
             self._materialize(registry, task)
             compact_intervals(registry, task.feature_view.name, task.project)
         except PlaitError as error:
-            return ColumnarMaterializationJob(job_id, error)
+            named = f"view {task.feature_view.name}"
+            reason = error if str(error).startswith(named) else StoreError(f"{named}: {error}")
+            return ColumnarMaterializationJob(job_id, reason)
         except Exception as error:
             reason = StoreError(f"view {task.feature_view.name}: {type(error).__name__}: {error}")
             reason.__cause__ = error
@@ -137,7 +138,7 @@ class ColumnarComputeEngine(ComputeEngine):
             end_date=end,
         )
         renamed = source.field_mapping or {}
-        with self._sorted(job, join_keys) as (n_rows, n_keyless, batches):
+        with self._sorted(job, join_keys, renamed) as (n_rows, n_keyless, batches):
             if n_keyless:
                 logger.warning("view %s: left out %d rows whose join key is null", view.name, n_keyless)
             bar = task.tqdm_builder(n_rows) if task.tqdm_builder else None
@@ -163,19 +164,18 @@ class ColumnarComputeEngine(ComputeEngine):
         return (start - self.config.overlap if start in ends else start), _aware(task.end_time)
 
     @contextmanager
-    def _sorted(self, job: Any, join_keys: Sequence[str]) -> Iterator[tuple[int, int, pa.RecordBatchReader]]:
+    def _sorted(
+        self, job: Any, join_keys: Sequence[str], renamed: Mapping[str, str]
+    ) -> Iterator[tuple[int, int, pa.RecordBatchReader]]:
         """(rows, rows left out for a null key, the rows in order of key) of a retrieval job."""
         stream = getattr(job, "to_arrow_reader", None)
         pulled = stream() if stream else job.to_arrow()
-        keys = [_quoted(name) for name in join_keys]
+        # Feast's Spark store applies the field mapping by itself, its DuckDB store leaves it to the engine.
+        keys = [quote(name if name in pulled.schema.names else renamed.get(name, name)) for name in join_keys]
         whole = " AND ".join(f"{key} IS NOT NULL" for key in keys) or "true"
         order = f"ORDER BY {', '.join(keys)}" if keys else ""
-        with tempfile.TemporaryDirectory(prefix="plait-materialize-") as folder, duckdb.connect() as db:
-            db.execute("SET TimeZone = 'UTC'")
-            db.execute(f"SET memory_limit = '{self.config.memory_limit}'")
-            db.execute(f"SET temp_directory = '{folder}'")
-            if self.config.threads:
-                db.execute(f"SET threads = {self.config.threads}")
+        limits = EngineLimits(memory_limit=self.config.memory_limit, threads=self.config.threads)
+        with plain_errors(limits, doing="sorting by key"), connect(limits) as db:
             db.register("pulled", pulled)
             db.execute(f"CREATE TEMP TABLE latest AS SELECT *, {whole} AS plait_whole FROM pulled")
             db.unregister("pulled")
@@ -258,7 +258,3 @@ def _rename(table: pa.Table, names: dict[str, str]) -> pa.Table:
 
 def _aware(moment: datetime) -> datetime:
     return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
-
-
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'

@@ -120,7 +120,7 @@ class StoredView:
         if name not in columns:
             raise StoreError(f"view {self.name} is keyed by {[key for key, _ in self.join_keys]}; {name!r} is missing")
         column = columns[name]
-        if kind == "int" and isinstance(column, list) and all(type(value) is int for value in column):
+        if kind == "int" and isinstance(column, list) and all(type(value) is int and _fits(value) for value in column):
             return column  # what a single read costs is by the call: Arrow would double it
         try:
             if isinstance(column, list):
@@ -131,7 +131,7 @@ class StoredView:
                 column = column.cast(pa.timestamp("s", column.type.tz), safe=False).cast(pa.int64())
             if column.type != _ARROW[kind]:
                 column = column.cast(_ARROW[kind])
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError, TypeError) as error:
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError, TypeError, OverflowError) as error:
             raise StoreError(f"view {self.name}: join key {name!r} holds {kind} values: {error}") from error
         if kind == "int" and not column.null_count:
             return column.to_numpy().tolist()
@@ -142,6 +142,10 @@ def _encode_single(values: list[Any], kind: str) -> list[Key | None]:
     if kind != "text":
         return values
     return [None if value is None else value.encode() for value in values]
+
+
+def _fits(value: int) -> bool:
+    return -(2**63) <= value < 2**63
 
 
 def _encode_parts(values: Sequence[Any], kinds: Sequence[str]) -> bytes:

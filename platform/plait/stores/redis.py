@@ -206,8 +206,12 @@ class PackedRedisOnlineStore(PackedOnlineStore):
             return cast(set[bytes], self._client(config)[0].smembers(_meta(f"batches:{view.table}")))
 
     def note_batch(self, config: RepoConfig, view: StoredView, digest: bytes) -> None:
+        name, ttl = _meta(f"batches:{view.table}"), config.online_store.key_ttl_seconds
         with self._errors(config):
-            self._client(config)[0].sadd(_meta(f"batches:{view.table}"), digest)  # type: ignore[arg-type]
+            client, _ = self._client(config)
+            client.sadd(name, digest)  # type: ignore[arg-type]
+            if ttl and cast(int, client.ttl(name)) < 0:  # from the first batch on: no note may outlive its rows
+                client.expire(name, ttl)
 
     def forget_batches(self, config: RepoConfig, view: StoredView) -> None:
         with self._errors(config):

@@ -90,9 +90,9 @@ class PackedSQLiteOnlineStore(PackedOnlineStore):
     ) -> list[list[bytes | None]]:
         with self._errors(config):
             db = self._connection(config).db
-            if len(wanted) == 1:
+            if len(wanted) == 1 and len(wanted[0][1]) <= BULK_KEYS:
                 return [_select(db, *wanted[0])]
-            db.execute("BEGIN")  # one snapshot for all views
+            db.execute("BEGIN")  # one snapshot for all statements
             try:
                 return [_select(db, view, keys) for view, keys in wanted]
             finally:
