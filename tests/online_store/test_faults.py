@@ -13,6 +13,7 @@ from feast.infra.online_stores.helpers import get_online_store_from_config
 from feast.types import Int64, String
 
 from plait.errors import StoreError
+from plait.stores import redis as plait_redis
 from plait.stores.redis import LATE_ANSWERS
 
 T0 = datetime(2024, 1, 1, tzinfo=UTC)
@@ -38,16 +39,16 @@ def view(stores):
     return stores.view({"a": Int64, "b": String, "c": Int64})
 
 
-def version(stores, number):
+def version(stores, number, n_users=N_USERS):
     """All users' rows of one version: every feature says which."""
-    columns = {"user_id": list(range(N_USERS)), "a": [number] * N_USERS, "c": [number] * N_USERS}
-    text = [f"{number} " + "x" * (number % 50)] * N_USERS
+    columns = {"user_id": list(range(n_users)), "a": [number] * n_users, "c": [number] * n_users}
+    text = [f"{number} " + "x" * (number % 50)] * n_users
     return stores.rows({**columns, "b": text}, at=T0 + timedelta(seconds=number))
 
 
-def read_versions(store, config, view):
+def read_versions(store, config, view, n_users=N_USERS):
     """The version each row is of; fails if a row is of two."""
-    got = store.read_columns(config, view, {"user_id": list(range(N_USERS))}, now=NOW)
+    got = store.read_columns(config, view, {"user_id": list(range(n_users))}, now=NOW)
     rows = got.table.to_pylist()
     seconds = [None if us == 0 else us // 1_000_000 - int(T0.timestamp()) for us in got.event_us.tolist()]
     for row, second in zip(rows, seconds, strict=True):
@@ -81,11 +82,11 @@ def child(work):
                 reading = -1  # it had ended by itself
 
 
-def write_forever(config, view, stores):
+def write_forever(config, view, stores, n_users=N_USERS):
     def work(say):
         store = get_online_store_from_config(config.online_store)
         for number in range(1, 10_000):
-            store.write_columns(config, view, version(stores, number))
+            store.write_columns(config, view, version(stores, number, n_users))
             say(number)
 
     return work
@@ -219,6 +220,88 @@ def test_redis_killed_in_mid_write_is_an_error_and_every_row_stays_whole(redis, 
     assert all(last <= number <= last + 1 for number in read_versions(store, redis, view))
     store.write_columns(redis, view, version(stores, 9_999))
     assert set(read_versions(store, redis, view)) == {9_999}
+
+
+MANY = 4_000  # rows that take Redis several scripts: a write may be cut between them
+
+
+@pytest.mark.redis
+def test_a_writer_killed_in_a_redis_write_leaves_every_row_whole_and_no_answered_one_lost(redis, view, stores):
+    store = get_online_store_from_config(redis.online_store)
+    n_cut = 0
+    for attempt in range(12):
+        with child(write_forever(redis, view, stores, MANY)) as (pid, said):
+            last = int(said.readline())
+            time.sleep(0.003 * attempt)
+            os.kill(pid, signal.SIGKILL)
+            last = max([last, *map(int, said)])
+            os.waitpid(pid, 0)
+        versions = read_versions(store, redis, view, MANY)
+        assert all(last <= number <= last + 1 for number in versions)
+        n_cut += len(set(versions)) == 2
+        store.drop(redis, [f"{redis.project}.stats"])
+    assert n_cut, "no write was cut: the test shows nothing"
+
+
+@pytest.mark.redis
+def test_redis_killed_between_the_scripts_of_a_write_keeps_whole_rows(redis, view, stores, durable_redis):
+    store = get_online_store_from_config(redis.online_store)
+    store.write_columns(redis, view, version(stores, 1, MANY))
+    run, n_run = plait_redis._run, []
+
+    def killed_after_the_first(client, commands):
+        if not n_run:
+            n_run.append(1)
+            run(client, commands[:1])
+            durable_redis.kill()
+        return run(client, commands)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plait_redis, "_run", killed_after_the_first)
+        with pytest.raises(StoreError, match="repeat the call"):
+            store.write_columns(redis, view, version(stores, 2, MANY))
+    durable_redis.start()
+    versions = read_versions(store, redis, view, MANY)
+    assert (versions.count(2), versions.count(1)) == (1_000, MANY - 1_000)
+    store.write_columns(redis, view, version(stores, 2, MANY))
+    assert set(read_versions(store, redis, view, MANY)) == {2}
+
+
+@pytest.mark.redis
+def test_a_redis_without_memory_left_is_an_error_and_keeps_what_was_there(redis, view, stores):
+    import redis as client
+
+    store = get_online_store_from_config(redis.online_store)
+    store.write_columns(redis, view, version(stores, 1))
+    with client.Redis.from_url(redis.online_store.url) as raw:
+        raw.config_set("maxmemory", 1)
+        with pytest.raises(StoreError, match=r"(?i)memory"):
+            store.write_columns(redis, view, version(stores, 2))
+        assert set(read_versions(store, redis, view)) == {1}
+        raw.config_set("maxmemory", 0)
+    store.write_columns(redis, view, version(stores, 2))
+    assert set(read_versions(store, redis, view)) == {2}
+
+
+@pytest.mark.redis
+def test_readers_in_other_processes_see_whole_rows_that_never_grow_older_on_redis(redis, view, stores):
+    store = get_online_store_from_config(redis.online_store)
+    store.write_columns(redis, view, version(stores, 1, MANY))
+
+    def read(say):
+        mine = get_online_store_from_config(redis.online_store)
+        last, until = [0] * MANY, time.monotonic() + 1.5
+        while time.monotonic() < until:
+            versions = read_versions(mine, redis, view, MANY)
+            assert all(new >= old for new, old in zip(versions, last, strict=True))
+            last = versions
+        say(max(last))
+
+    with child(write_forever(redis, view, stores, MANY)) as (_, written), child(read) as (_, one):
+        with child(read) as (_, two):
+            written.readline()
+            assert int(one.readline()) > 1
+            assert int(two.readline()) > 1
 
 
 @pytest.mark.redis

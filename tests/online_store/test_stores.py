@@ -7,6 +7,8 @@ from datetime import UTC, datetime, timedelta
 
 import pyarrow as pa
 import pytest
+from feast import Entity, FeatureStore
+from feast.infra.online_stores.helpers import get_online_store_from_config
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.protos.feast.types.Value_pb2 import Value
 from feast.type_map import feast_value_type_to_python_type, python_values_to_proto_values
@@ -25,6 +27,7 @@ from feast.types import (
     UnixTimestamp,
     Uuid,
 )
+from feast.value_type import ValueType
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -326,6 +329,124 @@ def test_several_views_are_read_in_one_call_each_with_its_own_keys(backend, stor
         reads.append(ViewRead(view=stored, features=stored.features(), keys=keys))
     first, second = backend.store.read_views(backend.config, reads, now=NOW)
     assert (values_of(first, "age"), values_of(second, "year")) == ([30], [1991, 1990, None])
+
+
+@pytest.mark.redis
+def test_a_read_of_several_views_is_one_command_to_redis(tmp_path, stores, redis_server):
+    import redis
+
+    from plait.stores.keys import StoredView
+    from plait.stores.online_base import ViewRead
+
+    online = {"type": "plait.stores.redis.PackedRedisOnlineStore", "url": redis_server.url}
+    store = FeatureStore(config=stores.config(tmp_path, online))
+    users = list(range(200))
+    views = [stores.view({f"x_{name}": Int64}, name=name) for name in ("one", "two", "three")]
+    store.apply([Entity(name="user_id", join_keys=["user_id"], value_type=ValueType.INT64), *views])
+    inside, config = store._get_provider().online_store, store.config
+    for view in views:
+        rows = stores.rows({"user_id": users, f"x_{view.name}": users})
+        inside.write_columns(config, store.get_feature_view(view.name), rows)
+    reads = []
+    for view in views:
+        stored = StoredView.of(config, store.get_feature_view(view.name))
+        reads.append(ViewRead(view=stored, features=stored.features(), keys={"user_id": users}))
+    refs = [f"{view.name}:x_{view.name}" for view in views]
+
+    def by_feast():
+        return store.get_online_features(features=refs, entity_rows=[{"user_id": user} for user in users]).to_dict()
+
+    with redis.Redis.from_url(redis_server.url) as client:
+        for read in (lambda: inside.read_views(config, reads, now=NOW), by_feast):
+            read()  # schemas are learnt once
+            before = client.info("commandstats")
+            read()
+            after = client.info("commandstats")
+            calls = {
+                name: stats["calls"] - before.get(name, {"calls": 0})["calls"]
+                for name, stats in after.items()
+                if name not in ("cmdstat_info", "cmdstat_client|setinfo")
+            }
+            assert {name: n for name, n in calls.items() if n} == {"cmdstat_mget": 1}
+    assert by_feast()["x_two"] == users
+
+
+def test_a_read_is_one_statement_a_view_and_a_large_one_a_snapshot_in_sqlite(tmp_path, stores):
+    from plait.stores.keys import StoredView
+    from plait.stores.online_base import ViewRead
+
+    online = {"type": "plait.stores.sqlite.PackedSQLiteOnlineStore", "path": "online.db"}
+    config = stores.config(tmp_path, online)
+    store = get_online_store_from_config(config.online_store)
+    users = list(range(10_000))
+    views = [stores.view({"x": Int64}, name=name) for name in ("one", "two")]
+    for view in views:
+        store.write_columns(config, view, stores.rows({"user_id": users, "x": users}))
+    said = []
+    store._connection(config).db.set_trace_callback(lambda sql: said.append(sql.split()[0]))
+
+    def statements(n_keys, *of):
+        said.clear()
+        reads = []
+        for view in of:
+            stored = StoredView.of(config, view)
+            reads.append(ViewRead(view=stored, features=stored.features(), keys={"user_id": users[:n_keys]}))
+        store.read_views(config, reads, now=NOW)
+        return said
+
+    assert statements(200, views[0]) == ["SELECT"]
+    assert statements(200, *views) == ["BEGIN", "SELECT", "SELECT", "COMMIT"]
+    assert statements(10_000, views[0]) == ["BEGIN", "SELECT", "SELECT", "COMMIT"]
+
+
+def test_a_key_beyond_64_bits_is_an_error_that_names_it(backend, stores):
+    view = stores.view()
+    backend.store.write_columns(backend.config, view, stores.rows({"user_id": [2**63 - 1], "x": [1.0]}))
+    with pytest.raises(StoreError, match="join key 'user_id' holds int values"):
+        backend.store.read_columns(backend.config, view, {"user_id": [2**70]})
+    got = backend.store.read_columns(backend.config, view, {"user_id": [2**63 - 1, -(2**63)]}, now=NOW)
+    assert values_of(got) == [1.0, None]
+
+
+TYPED = {
+    "int32": (pa.int32(), [-(2**31), None, 0]),
+    "int64": (pa.int64(), [2**63 - 1, None, 0]),
+    "float32": (pa.float32(), [0.25, None, 0.0]),
+    "float64": (pa.float64(), [1 / 3, None, 0.0]),
+    "flag": (pa.bool_(), [True, None, False]),
+    "text": (pa.string(), ["é", None, ""]),
+    "raw": (pa.binary(), [b"\x00\xff", None, b""]),
+    "moment": (pa.timestamp("us", "UTC"), [MOMENT, None, datetime(1970, 1, 1, tzinfo=UTC)]),
+    "int32s": (pa.list_(pa.int32()), [[1, -2], None, []]),
+    "int64s": (pa.list_(pa.int64()), [[1, -2], None, []]),
+    "float32s": (pa.list_(pa.float32()), [[0.5], None, []]),
+    "float64s": (pa.list_(pa.float64()), [[0.5], None, []]),
+    "flags": (pa.list_(pa.bool_()), [[True, False, True], None, []]),
+    "texts": (pa.list_(pa.string()), [["a", ""], None, []]),
+    "raws": (pa.list_(pa.binary()), [[b"a", b""], None, []]),
+    "moments": (pa.list_(pa.timestamp("us", "UTC")), [[MOMENT], None, []]),
+}
+
+
+def test_columns_of_every_plain_type_come_back_in_it(backend, stores):
+    view = stores.view({name: EVERY_TYPE[name][0] for name in TYPED})
+    columns = {name: pa.array(values, type_) for name, (type_, values) in TYPED.items()}
+    backend.store.write_columns(backend.config, view, stores.rows({"user_id": [0, 1, 2], **columns}))
+    got = backend.store.read_columns(backend.config, view, {"user_id": [2, 0, 7, 1]}, now=NOW)
+    for name, (type_, values) in TYPED.items():
+        assert got.columns[name].type == type_, name
+        assert values_of(got, name) == [values[2], values[0], None, values[1]], name
+
+
+def test_a_single_read_of_a_row_wider_than_the_view_takes_the_right_places(backend, stores):
+    """One row is unpacked on a way of its own."""
+    wide = stores.view({"a": Int64, "b": Int64, "c": Int64})
+    row = {"user_id": [1], "a": [10], "b": [None], "c": [30]}
+    backend.store.write_columns(backend.config, wide, stores.rows(row))
+    for names, expected in ((("a", "c"), [10, 30]), (("c",), [30]), (("b", "c"), [None, 30])):
+        narrow = stores.view(dict.fromkeys(names, Int64))
+        got = backend.store.read_columns(backend.config, narrow, {"user_id": [1]}, now=NOW)
+        assert [values_of(got, name)[0] for name in names] == expected
 
 
 def test_more_keys_than_one_statement_takes_are_read(backend, stores):
