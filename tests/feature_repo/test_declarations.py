@@ -73,3 +73,15 @@ def test_values_that_became_known_later_are_hidden_from_training(home):
     from plait.stores.offline import created_cutoff
 
     assert created_cutoff(open_store(home).config)
+
+
+def test_feasts_own_commands_run_on_plaits_stores_and_engine(home):
+    from plait.service import open_store
+    from plait.stores.engine import ColumnarComputeEngine
+    from plait.stores.offline import AsofDuckDBOfflineStore
+    from plait.stores.sqlite import PackedSQLiteOnlineStore
+
+    provider = open_store(home)._get_provider()
+    assert type(provider.batch_engine) is ColumnarComputeEngine
+    assert type(provider.offline_store) is AsofDuckDBOfflineStore
+    assert type(provider.online_store) is PackedSQLiteOnlineStore
