@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from plait.errors import SpecError, UnknownNameError
+from plait.progress import progress_bar
 from plait.settings import find_home
 
 
@@ -57,8 +58,6 @@ def build(
 
     Next: `plait dataset show`, then `plait train MODEL`.
     """
-    from tqdm import tqdm
-
     from plait.offline.build import build_dataset, read_model
     from plait.offline.card import write_card
     from plait.offline.engine import quiet_ibis
@@ -76,11 +75,13 @@ def build(
     if model:
         data = read_model(home, model)
         service, label = data.feature_service, label or data.label
-    with tqdm(unit="row", unit_scale=True, desc="join", leave=False) as bar:
+    joined = 0
+    with progress_bar("join", unit="row", scale=True) as bar:
 
         def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+            nonlocal joined
+            joined = done
+            bar("", done, total)
 
         built = build_dataset(
             home,
@@ -92,7 +93,7 @@ def build(
             chunk_rows=chunk_rows,
             progress=progress,
         )
-        built_now = bar.n > 0
+    built_now = joined > 0
     click.echo(f"{'built' if built_now else 'reused'} {built.folder} ({built.manifest.data_hash[:12]})")
     for part, rows in built.manifest.rows.items():
         click.echo(f"  {part:<6} {rows:>12,} rows")

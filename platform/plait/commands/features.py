@@ -27,8 +27,8 @@ def features() -> None:
 def build(engine: str, views: tuple[str, ...], full: bool, until: datetime | None, memory: str | None) -> None:
     """Bring the feature tables up to now.
 
-    Only new events are read, and old ones that can still leave a window. Then `feast apply` and `feast materialize`
-    as usual.
+    What a server logged meanwhile is moved into the event tables first. Only new events are read, and old ones that
+    can still leave a window. Then `feast apply` and `feast materialize` as usual.
 
     \b
     Prints a line per view: what it did, the rows written, the time.
@@ -40,12 +40,14 @@ def build(engine: str, views: tuple[str, ...], full: bool, until: datetime | Non
     """
     from plait.aggregates.build import build_view
     from plait.aggregates.discover import declared_aggregates
+    from plait.eventlog import roll
     from plait.offline.engine import quiet_ibis
 
     home = find_home().create()
     end = until.replace(tzinfo=UTC) if until else Clock.of(home).now()
     specs = declared_aggregates(home, views)
     quiet_ibis()
+    roll(home)
     for spec in specs:
         with tqdm(desc=spec.name, unit="shard", leave=False, disable=None) as bar:
 

@@ -48,9 +48,9 @@ def samples() -> None:
 def build(spec_file: Path | None, engine: str, memory: str | None, **flags: Any) -> None:
     """Write samples/NAME: one row per impression with its labels, a weight and a split.
 
-    Reads impressions, feedback and items of .plait/events/; writes parquet files and manifest.json to
-    .plait/samples/NAME/, in the place of what was there. Prints how many rows each step left. Flags win over the file
-    of --spec.
+    Reads impressions, feedback and items of .plait/events/, into which it first moves what a server logged meanwhile.
+    Writes parquet files and manifest.json to .plait/samples/NAME/, in the place of what was there. Prints how many
+    rows each step left. Flags win over the file of --spec.
 
     \b
     plait samples build
@@ -59,16 +59,18 @@ def build(spec_file: Path | None, engine: str, memory: str | None, **flags: Any)
 
     Next: `plait dataset build MODEL`, with --samples NAME unless it is default.
     """
+    from plait.eventlog import roll
     from plait.offline.samples import Step, build_samples
 
-    spec = merged_spec(spec_file, flags)
+    spec, home = merged_spec(spec_file, flags), find_home()
+    roll(home)
 
     def report(step: Step) -> None:
         with beside_bars():
             click.echo(f"  {step.table:<12} {step.rows:>12,}  {step.step}")
 
     with progress_bar("samples", unit="stage") as progress:
-        manifest = build_samples(find_home(), spec, engine=engine, memory=memory, report=report, progress=progress)
+        manifest = build_samples(home, spec, engine=engine, memory=memory, report=report, progress=progress)
     for part, rows in manifest.rows.items():
         rates = ", ".join(f"{name} {counts[part] / rows:.2%}" for name, counts in manifest.positives.items() if rows)
         click.echo(f"  {part:<12} {rows:>12,}  {rates}")
