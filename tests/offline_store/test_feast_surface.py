@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from plait.errors import StoreError
+from plait.stores.asof_job import CreatedCutoffWarning
 
 MICROS = pa.timestamp("us", tz="UTC")
 T0 = datetime(2024, 1, 1, tzinfo=UTC)
@@ -122,6 +124,46 @@ def test_of_rows_that_tie_in_all_times_the_one_written_last_is_pulled_as_in_hist
     pulled = job.to_arrow().sort_by("user_id")["a"].to_pylist()
     frame = pa.table({"user_id": [1, 2], "event_timestamp": moment})
     assert pulled == store.get_historical_features(frame, ["v:a"]).to_arrow()["a"].to_pylist() == [3, 4]
+
+
+@pytest.mark.parametrize("cutoff", [True, False])
+def test_a_replayed_home_pulls_only_what_is_known_by_its_now(repo: Any, view: Any, cutoff: bool) -> None:
+    """What history hides must not be served either."""
+    rows = {
+        "user_id": [1, 1, 2],
+        "event_timestamp": pa.array([T0, T0 + timedelta(hours=1), T0], MICROS),
+        "created": pa.array([T0, T0 + timedelta(hours=9), None], MICROS),
+        "a": [1, 2, 3],
+    }
+    repo.apply([view("v", repo.write("v.parquet", pa.table(rows)), features={"a": "Int64"}, created="created")])
+    (repo.path / "feature_store.yaml").write_text("")
+    (repo.path / ".plait").mkdir()
+    store = repo.store(created_cutoff=cutoff)
+    pull = store._get_provider().offline_store.pull_latest_from_table_or_query
+    frame = pa.table({"user_id": [1, 2], "event_timestamp": pa.array([T0 + timedelta(hours=5)] * 2, MICROS)})
+
+    def pulled(now: datetime) -> dict[int, int]:
+        offset = now - datetime.now(UTC)
+        (repo.path / ".plait" / "clock.json").write_text(json.dumps({"offset_us": offset // timedelta(microseconds=1)}))
+        job = pull(
+            config=store.config,
+            data_source=store.get_feature_view("v").batch_source,
+            join_key_columns=["user_id"],
+            feature_name_columns=["a"],
+            timestamp_field="event_timestamp",
+            created_timestamp_column="created",
+            start_date=T0 - timedelta(hours=1),
+            end_date=T0 + timedelta(hours=5),
+        )
+        return {row["user_id"]: row["a"] for row in job.to_arrow().to_pylist()}
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CreatedCutoffWarning)
+        history = store.get_historical_features(frame, ["v:a"]).to_arrow()["a"].to_pylist()
+    assert pulled(T0 + timedelta(hours=5)) == {
+        user: value for user, value in zip((1, 2), history, strict=True) if value is not None
+    }
+    assert pulled(T0 + timedelta(hours=9)) == ({1: 2} if cutoff else {1: 2, 2: 3})
 
 
 def test_pull_all_takes_both_ends_of_the_range_and_all_when_there_is_none(stats: Any) -> None:

@@ -16,8 +16,8 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from datetime import datetime
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,8 +43,10 @@ from feast.repo_config import RepoConfig
 from feast.utils import compute_non_entity_date_range
 from pydantic import PositiveInt, field_validator
 
-from plait.errors import StoreError, did_you_mean
+from plait.clock import Clock
+from plait.errors import SettingsError, StoreError, did_you_mean
 from plait.files import atomic_file
+from plait.settings import find_home
 from plait.stores.asof_engine import EngineLimits, connect, plain_errors, quote
 from plait.stores.asof_entities import Entities, RangeEntities, TableEntities, from_micros, read_entities, to_micros
 from plait.stores.asof_job import AsofMetadata, DuckDBJob, OpenView, Planned, PointInTime
@@ -138,7 +140,10 @@ class AsofDuckDBOfflineStore(DuckDBOfflineStore):
         start_date: datetime,
         end_date: datetime,
     ) -> DuckDBJob:
-        """The newest row of each key within [start_date, end_date]; ties by created, then the row written last."""
+        """The newest row of each key within [start_date, end_date]; ties by created, then the row written last.
+
+        Under the created-timestamp cutoff only rows that are known by the home's now: the same that history sees.
+        """
         return _pull(
             config,
             data_source,
@@ -359,14 +364,23 @@ def _pull(
     fields = list(dict.fromkeys([*columns, timestamp_field, *([created_field] if created_field else [])]))
 
     within = (to_micros(start) if start else None, to_micros(end) if end else None)
+    hides = latest_of is not None and created_field is not None and created_cutoff(config)
 
     @contextmanager
     def plan() -> Iterator[Planned]:
+        known_by = to_micros(_home_now(config)) if hides else None
         with _opened(config, source) as (db, relation):
-            query = _pull_query(relation, fields, timestamp_field, created_field, within, latest_of)
+            query = _pull_query(relation, fields, timestamp_field, created_field, within, latest_of, known_by)
             yield Planned(db=db, query=lambda: query)
 
     return DuckDBJob(plan=plan, repo_path=config.repo_path)
+
+
+def _home_now(config: RepoConfig) -> datetime:
+    """The present of the project's home, which may replay history; the wall's without a home."""
+    with suppress(SettingsError):
+        return Clock.of(find_home(Path(config.repo_path or "."))).now()
+    return datetime.now(UTC)
 
 
 def _pull_query(
@@ -376,8 +390,10 @@ def _pull_query(
     created_field: str | None,
     within: tuple[int | None, int | None],
     latest_of: Sequence[str] | None,
+    known_by: int | None,
 ) -> str:
-    """`fields` of the rows within two moments; only the newest of each key if `latest_of` names the keys.
+    """`fields` of the rows within two moments; only the newest of each key if `latest_of` names the keys; only what
+    was known by then if `known_by` is a moment.
 
     Names are the source's own: Feast maps them before and after.
     """
@@ -388,6 +404,8 @@ def _pull_query(
     first, last = within
     sql = f"SELECT {', '.join(quote(field) for field in fields)} FROM {relation.sql}"
     bounds = time_bounds(quote(timestamp_field), relation.columns[timestamp_field], TimeRange(first=first, last=last))
+    if known_by is not None and created_field is not None:
+        bounds.append(f"{micros(quote(created_field), relation.columns[created_field])} <= {known_by}")
     sql += f" WHERE {' AND '.join(bounds)}" if bounds else ""
     if latest_of is None:
         return sql
