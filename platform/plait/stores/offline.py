@@ -406,7 +406,8 @@ def _pull_query(
     bounds = time_bounds(quote(timestamp_field), relation.columns[timestamp_field], TimeRange(first=first, last=last))
     if known_by is not None and created_field is not None:
         bounds.append(f"{micros(quote(created_field), relation.columns[created_field])} <= {known_by}")
-    sql += f" WHERE {' AND '.join(bounds)}" if bounds else ""
+    where = f" WHERE {' AND '.join(bounds)}" if bounds else ""
+    sql += where
     if latest_of is None:
         return sql
     order = [f"{at} DESC NULLS LAST"]
@@ -414,7 +415,12 @@ def _pull_query(
         order.append(f"{micros(quote(created_field), relation.columns[created_field])} DESC NULLS LAST")
     order += [f"{column} DESC" for column in relation.order]
     partition = f"PARTITION BY {', '.join(quote(key) for key in latest_of)} " if latest_of else ""
-    return f"{sql} QUALIFY row_number() OVER ({partition}ORDER BY {', '.join(order)}) = 1"
+    newest = f"QUALIFY row_number() OVER ({partition}ORDER BY {', '.join(order)}) = 1"
+    if not relation.files:
+        return f"{sql} {newest}"
+    # The values of rows that are not the newest need not be read, nor those of any go through the window's sort.
+    rows = f"SELECT {relation.row} FROM {relation.sql}{where} {newest}"
+    return f"{sql}{' AND' if where else ' WHERE'} {relation.row} IN ({rows})"
 
 
 def _append_part(folder: Path, table: pa.Table) -> None:
