@@ -86,6 +86,8 @@ def spark():
             # Compiling a stage takes longer than interpreting it, for as few rows as tests have.
             "spark.sql.codegen.wholeStage": "false",
             "spark.sql.codegen.factoryMode": "NO_CODEGEN",
+            # The same goes for Java's optimising compiler, which takes the cores that Spark plans its queries on.
+            "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
         }
         session = SparkSession.builder.master("local[2]").config(map=settings).getOrCreate()
         yield session

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 import warnings
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -143,6 +147,43 @@ def test_the_join_agrees_with_the_loop_on_hundreds_of_cases(engine: str) -> None
     with open_engine(engine) as running:
         for ttl, cutoff in ((None, False), (4, True)):
             assert check(running, random_cases(300), ttl, cutoff) > 200
+
+
+OWN_SPARK = """
+import sys
+from pathlib import Path
+
+from plait.offline.engine import open_engine
+from tests.dataset.test_engines import check, random_cases
+
+with open_engine("spark", memory="1GB", threads=2, scratch=Path(sys.argv[1])) as engine:
+    from pyspark.sql import SparkSession
+
+    assert check(engine, random_cases(60), 4, True) > 40
+    names = ("spark.master", "spark.driver.memory", "spark.sql.shuffle.partitions", "spark.sql.codegen.wholeStage")
+    print("settings:", *(engine.spark.conf.get(name) for name in names))
+print("running:", SparkSession.getActiveSession())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.spark
+@pytest.mark.skipif(shutil.which("java") is None and "JAVA_HOME" not in os.environ, reason="no Java: Spark cannot run")
+def test_where_no_spark_runs_an_engine_starts_one_and_stops_it(tmp_path: Path) -> None:
+    """In a process of its own, as a command's is: all other tests share one Spark, without code generation."""
+    unwanted = ("PLAIT_SPARK_MASTER", "PLAIT_MEMORY")
+    environment = {name: value for name, value in os.environ.items() if name not in unwanted}
+    ran = subprocess.run(
+        [sys.executable, "-c", OWN_SPARK, tmp_path],
+        cwd=Path(__file__).parents[2],
+        env={**environment, "PLAIT_SPARK_PARTITIONS": "3"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert ran.stdout.splitlines() == ["settings: local[2] 1g 3 true", "running: None"]
+    assert not list(tmp_path.iterdir())
 
 
 def rebuilt(project: SimpleNamespace, service: str, **options: Any) -> tuple[Dataset, list[str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from datetime import timedelta
 
 import pytest
@@ -13,13 +12,12 @@ from click.testing import CliRunner
 from experiments.metrics import parse_metrics
 from experiments.report import build_report
 from experiments.report_commands import report
-from plait.offline.engine import open_engine
 from tests.experiment_stats.test_report import METRICS, metrics, random_log
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.spark,
-    pytest.mark.skipif(shutil.which("java") is None, reason="Spark needs Java 17, and there is no java here"),
+    pytest.mark.usefixtures("spark"),
     pytest.mark.filterwarnings(
         "ignore::DeprecationWarning:pyspark", "ignore::ResourceWarning", "ignore::UserWarning:pyspark"
     ),
@@ -28,15 +26,6 @@ RANKINGS = [
     {"name": measure, "type": "ranking", "measure": measure, "k": 2, "gains": {"click": 1, "purchase": 2.5}}
     for measure in ("precision", "recall", "hit_rate")
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def session():
-    """One Spark for all tests here: reports join the one that runs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PLAIT_SPARK_PARTITIONS", "2")
-        with open_engine("spark", memory="1GB", threads=2):
-            yield
 
 
 def assert_same(ours, theirs, path="report"):

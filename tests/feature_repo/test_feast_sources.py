@@ -24,6 +24,9 @@ SPARK = """
     spark.driver.host: 127.0.0.1
     spark.sql.session.timeZone: UTC
     spark.sql.shuffle.partitions: "2"
+    spark.sql.codegen.wholeStage: "false"
+    spark.sql.codegen.factoryMode: NO_CODEGEN
+    spark.driver.extraJavaOptions: "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
 """
 ONLINE = """\
 online_store:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -118,17 +117,13 @@ COMBINATIONS = [
 
 @pytest.mark.slow
 @pytest.mark.spark
-@pytest.mark.skipif(shutil.which("java") is None and "JAVA_HOME" not in os.environ, reason="no Java: Spark cannot run")
-def test_spark_and_duckdb_write_equal_rows(make_home: Callable[..., Home], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PLAIT_SPARK_PARTITIONS", "2")
+@pytest.mark.usefixtures("spark")
+def test_spark_and_duckdb_write_equal_rows(make_home: Callable[..., Home]) -> None:
     home = make_home(seed=4)
     notes: dict[str, list] = {"duckdb": [], "spark": []}
     tables: dict[str, list[pa.Table]] = {"duckdb": [], "spark": []}
     for name in ("duckdb", "spark"):
         with open_engine(name, threads=2) as engine:
-            if name == "spark":  # compiling a stage takes longer here than interpreting it
-                engine.spark.conf.set("spark.sql.codegen.wholeStage", "false")
-                engine.spark.conf.set("spark.sql.codegen.factoryMode", "NO_CODEGEN")
             for spec in COMBINATIONS:
                 steps = []
                 rows = sample_rows(engine, home, spec, now=NOW, note=lambda *step, to=steps: to.append(step))

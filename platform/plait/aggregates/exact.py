@@ -75,9 +75,7 @@ def as_of(plan: Plan, events: ir.Table, rows: ir.Table) -> ir.Table:
         renamed, [*(wanted[key] == renamed[names[key]] for key in keys), renamed[ENTER] <= wanted["_at"]]
     )
     if plan.lists:
-        columns = _lists(plan, met)
-        values = met.group_by([*keys, "_at"]).aggregate(**columns)
-        values = values.mutate(**{f.name: _last(values[f.name], f.n) for f in plan.lists})
+        values = _lists(plan, met)
     else:
         parts = met.group_by([*keys, "_at"]).aggregate(**_aggregates(plan, met))
         values = parts.select(*keys, "_at", **_features(plan, parts))
@@ -116,10 +114,15 @@ def _features(plan: Plan, parts: ir.Table) -> dict[str, ir.Value]:
     return values
 
 
-def _lists(plan: Plan, met: ir.Table) -> dict[str, ir.Value]:
-    order = [met[ENTER], met[TIME], met[ID], met["_l0"]]
-    return {feature.name: met[f"_l{i}"].collect(order_by=order) for i, feature in enumerate(plan.lists)}
-
-
-def _last(values: ir.ArrayValue, n: int) -> ir.ArrayValue:
-    return ibis.ifelse(values.length() > n, values[values.length() - n :], values)
+def _lists(plan: Plan, met: ir.Table) -> ir.Table:
+    """The newest values per key and moment, oldest first; by windows, as ibis cannot collect in order on Spark."""
+    group = [*plan.spec.keys, "_at"]
+    newest_first = [ibis.desc(met[name]) for name in (ENTER, TIME, ID, "_l0")]
+    ranked = met.mutate(_rank=ibis.row_number().over(group_by=group, order_by=newest_first))
+    ranked = ranked.filter(ranked["_rank"] < max(feature.n for feature in plan.lists))
+    columns = {}
+    for i, feature in enumerate(plan.lists):
+        last = ibis.window(group_by=group, order_by=ibis.desc("_rank"), preceding=feature.n - 1, following=0)
+        columns[feature.name] = ranked[f"_l{i}"].collect().over(last)
+    lists = ranked.mutate(**columns)
+    return lists.filter(lists["_rank"] == 0).select(*group, *columns)
