@@ -233,10 +233,10 @@ class _Builder:
         raw = self._raw()
         if new_files:
             check_magnitudes(self.engine, self.plan, self._raw(new_files))
-        reach = self._reach(raw, since, new_files)
+        reach, told_again = self._reach(raw, since, new_files)
         raw = self._raw(from_us=reach)
         base = self._read_base(before)
-        touched, first_us = self._stragglers(before, new_files)
+        touched, first_us = self._stragglers(before, new_files, told_again=told_again)
         span = Span(since=since, until=self.until_us)
         name = _part_name(since, self.until_us)
         with self._new_state() as state:
@@ -254,9 +254,9 @@ class _Builder:
             self._compact(sources, state.token)
         return writer.rows, n_touched
 
-    def _reach(self, raw: ir.Table, since: int, new_files: Sequence[Path]) -> int:
+    def _reach(self, raw: ir.Table, since: int, new_files: Sequence[Path]) -> tuple[int, bool]:
         """The earliest event time an increment must read: of events that can still leave, of events that are new
-        however old they claim to be, and of earlier copies of those."""
+        however old they claim to be, and of earlier copies of those; and whether there are such copies."""
         reach = since - self.plan.longest_us - self.spec.period_us
         ids = list(self.spec.events.id)
         fresh = raw.filter(raw["_known"] > since).select(*ids, TIME)
@@ -264,10 +264,15 @@ class _Builder:
             fresh = fresh.union(self._raw(new_files).select(*ids, TIME))
         fresh = self.engine.keep(fresh)
         earliest = fresh[TIME].min().execute()
-        copies = raw.semi_join(fresh, ids)[TIME].min().execute()
-        return min([reach, *(int(value) for value in (earliest, copies) if not _missing(value))])
+        copies = raw.semi_join(fresh, ids)
+        told = copies.aggregate(first=copies[TIME].min(), n=copies.count()).execute()
+        n_ids = self.engine.count(fresh.filter([fresh[name].notnull() for name in ids]).select(*ids).distinct())
+        times = [int(value) for value in (earliest, told["first"][0]) if not _missing(value)]
+        return min([reach, *times]), int(told["n"][0]) > n_ids
 
-    def _stragglers(self, before: BuildManifest, new_files: Sequence[Path]) -> tuple[ir.Table | None, int]:
+    def _stragglers(
+        self, before: BuildManifest, new_files: Sequence[Path], *, told_again: bool
+    ) -> tuple[ir.Table | None, int]:
         """Keys whose past new files change, and from when; None if none do.
 
         Those of events that should have counted already, and those of counted events that a copy takes the place of.
@@ -275,7 +280,7 @@ class _Builder:
         if not new_files:
             return None, 0
         changed = self._normalised(self._raw(new_files))
-        replaced = self._replaced(before, new_files)
+        replaced = self._replaced(before, new_files) if told_again else None
         if replaced is not None:
             changed = changed.union(replaced)
         behind = changed.filter(changed[ENTER] <= before.until_us)
