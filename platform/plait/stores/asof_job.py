@@ -17,8 +17,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from feast.data_format import DeltaFormat, ParquetFormat
+from feast.data_source import DataSource
 from feast.errors import RequestDataNotFoundInEntityDfException, SavedDatasetLocationAlreadyExists
-from feast.infra.offline_stores.duckdb import _write_data_source
 from feast.infra.offline_stores.file_source import FileSource, SavedDatasetFileStorage
 from feast.infra.offline_stores.offline_store import RetrievalJob, RetrievalMetadata
 from feast.on_demand_feature_view import OnDemandFeatureView
@@ -148,11 +148,7 @@ class DuckDBJob(RetrievalJob):
         """Stream the result, on-demand features included, to a file (*.parquet), a folder of parts or a Delta table."""
         source = storage.to_data_source()
         if not isinstance(storage, SavedDatasetFileStorage) or not isinstance(source, FileSource):
-            import ibis
-
-            _write_data_source(
-                ibis.memtable(self.to_arrow()), source, str(self._repo_path or "."), "overwrite", allow_overwrite
-            )
+            self._persist_by_feast(source, allow_overwrite=allow_overwrite)
             return
         path = resolve_path(source.path, self._repo_path)
         if isinstance(source.file_format, DeltaFormat):
@@ -160,11 +156,7 @@ class DuckDBJob(RetrievalJob):
         elif source.file_format is not None and not isinstance(source.file_format, ParquetFormat):
             raise StoreError(f"cannot save a dataset as {type(source.file_format).__name__}; use parquet or Delta")
         elif is_remote(path):
-            import ibis
-
-            _write_data_source(
-                ibis.memtable(self.to_arrow()), source, str(self._repo_path or "."), "overwrite", allow_overwrite
-            )
+            self._persist_by_feast(source, allow_overwrite=allow_overwrite)
         elif Path(path).exists() and not allow_overwrite:
             raise SavedDatasetLocationAlreadyExists(location=source.path)
         elif path.endswith(".parquet"):
@@ -172,6 +164,13 @@ class DuckDBJob(RetrievalJob):
                 _write_stream(aside, reader.schema, reader)
         else:
             self.to_parquet(path, overwrite=allow_overwrite)
+
+    def _persist_by_feast(self, source: DataSource, *, allow_overwrite: bool) -> None:
+        import ibis
+        from feast.infra.offline_stores.duckdb import _write_data_source
+
+        repo_path = str(self._repo_path or ".")
+        _write_data_source(ibis.memtable(self.to_arrow()), source, repo_path, "overwrite", allow_overwrite)
 
     def _persist_delta(self, path: str, *, allow_overwrite: bool) -> None:
         from deltalake import write_deltalake

@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 from feast.data_format import DeltaFormat, ParquetFormat
 from feast.data_source import DataSource
-from feast.infra.offline_stores.duckdb import _read_data_source
 from feast.infra.offline_stores.file_source import FileSource
 
 from plait.errors import StoreError, did_you_mean
@@ -157,6 +156,8 @@ def _arrow_of(source: DataSource, repo_path: Path | None) -> pa.Table | ds.Datas
             return ds.dataset(inside, format="parquet", partitioning="hive", filesystem=filesystem)
         except (OSError, pa.ArrowException) as error:
             raise StoreError(f"source {source.name!r}: cannot read {path}: {error}") from error
+    from feast.infra.offline_stores.duckdb import _read_data_source  # brings ibis: 16 MB
+
     expression: Any = _read_data_source(source, str(repo_path or "."))
     operation = expression.op()
     if not hasattr(operation, "data"):

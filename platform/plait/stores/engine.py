@@ -13,9 +13,12 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import reduce
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from feast.feature_view import DUMMY_ENTITY_ID
 from feast.infra.common.materialization_job import MaterializationJob, MaterializationJobStatus, MaterializationTask
 from feast.infra.compute_engines.base import ComputeEngine
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
 
 Interval = tuple[datetime, datetime]
 RUNS_ON_RECORD = 100
+STREAM_ROWS = 4_096
 logger = logging.getLogger(__name__)
 
 
@@ -166,22 +170,32 @@ class ColumnarComputeEngine(ComputeEngine):
     @contextmanager
     def _sorted(
         self, job: Any, join_keys: Sequence[str], renamed: Mapping[str, str]
-    ) -> Iterator[tuple[int, int, pa.RecordBatchReader]]:
+    ) -> Iterator[tuple[int, int, Iterator[pa.RecordBatch]]]:
         """(rows, rows left out for a null key, the rows in order of key) of a retrieval job."""
         stream = getattr(job, "to_arrow_reader", None)
-        pulled = stream() if stream else job.to_arrow()
+        # Small batches: what is on its way is in memory beside what is sorted.
+        pulled = stream(STREAM_ROWS) if stream else job.to_arrow().to_reader()
         # Feast's Spark store applies the field mapping by itself, its DuckDB store leaves it to the engine.
-        keys = [quote(name if name in pulled.schema.names else renamed.get(name, name)) for name in join_keys]
-        whole = " AND ".join(f"{key} IS NOT NULL" for key in keys) or "true"
-        order = f"ORDER BY {', '.join(keys)}" if keys else ""
+        keys = [name if name in pulled.schema.names else renamed.get(name, name) for name in join_keys]
+        n_rows, n_keyless = 0, 0
+
+        def counted() -> Iterator[pa.RecordBatch]:
+            nonlocal n_rows, n_keyless
+            for batch in pulled:
+                missing = [batch.column(key).is_null() for key in keys]
+                whole = pc.invert(reduce(pc.or_, missing)) if missing else None
+                kept = batch if whole is None else batch.filter(whole)
+                n_rows, n_keyless = n_rows + kept.num_rows, n_keyless + batch.num_rows - kept.num_rows
+                yield kept
+
+        order = f"ORDER BY {', '.join(map(quote, keys))}" if keys else ""
         limits = EngineLimits(memory_limit=self.config.memory_limit, threads=self.config.threads)
         with plain_errors(limits, doing="sorting by key"), connect(limits) as db:
-            db.register("pulled", pulled)
-            db.execute(f"CREATE TEMP TABLE latest AS SELECT *, {whole} AS plait_whole FROM pulled")
-            db.unregister("pulled")
-            ((n_rows, n_whole),) = db.sql("SELECT count(*), count(*) FILTER (plait_whole) FROM latest").fetchall()
-            latest = db.sql(f"SELECT * EXCLUDE (plait_whole) FROM latest WHERE plait_whole {order}")
-            yield n_whole, n_rows - n_whole, latest.to_arrow_reader(self.config.batch_rows)
+            db.register("pulled", pa.RecordBatchReader.from_batches(pulled.schema, counted()))
+            ordered = db.sql(f"SELECT * FROM pulled {order}").to_arrow_reader(self.config.batch_rows)
+            # Sorting takes in all rows before it gives out the first: from then on the counts are whole.
+            first = list(islice(ordered, 1))
+            yield n_rows, n_keyless, chain(first, ordered)
 
     def _write(
         self, view: FeatureView, tables: Iterator[pa.Table], event_timestamp: str, created: str
