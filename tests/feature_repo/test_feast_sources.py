@@ -147,7 +147,7 @@ def test_both_stores_give_the_same_features_in_history_and_online(tmp_path):
         frame["event_timestamp"] = pd.to_datetime(frame["event_timestamp"], utc=True).astype("datetime64[us, UTC]")
         found.append(frame.sort_values(["user_id", "event_timestamp", "total"], ignore_index=True)[sorted(frame)])
         served.append(pd.read_parquet(repo / "served.parquet"))
-    pd.testing.assert_frame_equal(*served)
+    pd.testing.assert_frame_equal(*(frame[sorted(frame)] for frame in served))
     newest = rows.to_pandas()[lambda frame: frame["event_timestamp"] <= until.tz_localize("UTC")]
     newest = newest.sort_values("event_timestamp").groupby("user_id").last().reindex(range(14))
     assert served[0]["total"].tolist()[:12] == newest["total"].tolist()[:12]

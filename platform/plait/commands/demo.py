@@ -100,11 +100,12 @@ class Run:
         self.step("plait", "experiments", "report", EXPERIMENT)
         self.step("plait", "audit")
         before = self.served_version(RETRAINED)
+        self.step("plait", "features", "build")
+        # Only the newest two hundredths are kept from training, so that most served impressions are trained on; and
+        # before the traffic that follows, which nobody answers.
+        self.step("plait", "samples", "build", "--shares", "0.98,0.01")
         with self.constant_traffic() as traffic:
-            self.step("plait", "features", "build")
             self.materialize()
-            # Only the newest two hundredths are kept from training, so that most served impressions are trained on.
-            self.step("plait", "samples", "build", "--shares", "0.98,0.01")
             self.step("plait", "train", RETRAINED)
             after = self.wait_for_version(RETRAINED, before)
         click.echo(
