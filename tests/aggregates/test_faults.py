@@ -18,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plait.aggregates import AggregateSpec, Count, DistinctCount, Max, Sum, feedback
-from plait.aggregates.build import BuildReport, _StateWriter, _TableWriter, build_view
+from plait.aggregates.build import BuildReport, build_view
 from plait.aggregates.manifest import read_manifest, stamps, state_folder, table_folder
+from plait.aggregates.parts import StateWriter, TableWriter
 from plait.errors import DataError, StoreError
 from plait.settings import Home
 from tests.aggregates.conftest import add_part
@@ -82,7 +83,7 @@ def rewrite(home: Home, name: str, table: pa.Table) -> None:
 LATE = [event(100 + i, START + DAY + i) for i in range(5)]
 
 
-@pytest.mark.parametrize("writer", [_TableWriter, _StateWriter], ids=["table", "state"])
+@pytest.mark.parametrize("writer", [TableWriter, StateWriter], ids=["table", "state"])
 @pytest.mark.parametrize(
     ("mode", "before", "more"),
     [("full", END, [event(0, START)]), ("increment", END - DAY, []), ("retile", END - DAY, LATE)],
@@ -107,7 +108,7 @@ def test_a_full_disk_leaves_the_old_table_and_the_next_build_completes(
 
     with monkeypatch.context() as full:
         full.setattr(writer, "_write", on_a_small_disk)
-        full.setattr(_TableWriter, "close", closing_on_a_small_disk(hard) if writer is _TableWriter else close)
+        full.setattr(TableWriter, "close", closing_on_a_small_disk(hard) if writer is TableWriter else close)
         with pytest.raises(StoreError, match=r"cannot write .*small.*: File too large .*make room"):
             build(home)
     assert resource.getrlimit(resource.RLIMIT_FSIZE) == (soft, hard)
@@ -117,13 +118,13 @@ def test_a_full_disk_leaves_the_old_table_and_the_next_build_completes(
     assert rows(home) == rows(once) != old and only_whole_files(home)
 
 
-close = _TableWriter.close
+close = TableWriter.close
 
 
 def closing_on_a_small_disk(hard: int) -> Any:
     """Parquet keeps small row groups back until the file is closed: that is where a disk is full."""
 
-    def closing(writer: _TableWriter) -> None:
+    def closing(writer: TableWriter) -> None:
         soft = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
         try:
@@ -156,7 +157,7 @@ from plait.aggregates import build, AggregateSpec
 from plait.settings import Home
 
 _, project, spec, until, where, mode = sys.argv
-owner = {"close": build._TableWriter, "read_schema": build.pq}.get(where, build)
+owner = {"close": build.TableWriter, "read_schema": build.pq}.get(where, build)
 before, compact = getattr(owner, where), build._Builder._compact
 compacting = []
 

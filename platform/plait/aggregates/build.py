@@ -45,6 +45,7 @@ from plait.aggregates.manifest import (
     table_folder,
     write_manifest,
 )
+from plait.aggregates.parts import TIMESTAMP, StateWriter, TableWriter, part_name, part_span
 from plait.aggregates.plan import Plan
 from plait.aggregates.sources import check_sources, corrupt_part_named
 from plait.aggregates.spec import ATTRIBUTE_KEYS, AggregateSpec
@@ -52,11 +53,7 @@ from plait.aggregates.tables import (
     AT,
     Base,
     Span,
-    base_at_end,
-    changes,
     feature_rows,
-    list_base_at_end,
-    seen_at_end,
 )
 from plait.errors import StoreError
 from plait.files import atomic_file, atomic_folder, full_disk_told, remove_orphans
@@ -67,7 +64,6 @@ if TYPE_CHECKING:
 
     from plait.settings import Home
 
-TIMESTAMP = pa.timestamp("us", tz="UTC")
 # Rows sorted at once: about 100 bytes each, so that a shard fits the default memory limit several times over.
 SHARD_ROWS = 8_000_000
 MAX_PARTS = 32
@@ -213,7 +209,7 @@ class _Builder:
         check_magnitudes(self.engine, self.plan, raw)
         shards = self._shards(raw)
         span = Span(until=self.until_us)
-        name = _part_name(0, self.until_us)
+        name = part_name(0, self.until_us)
         with self._new_state() as state, atomic_folder(self.folder) as folder:
             self.on_shard(0, len(shards))
             with self._writer(folder / name, raw) as writer:
@@ -238,7 +234,7 @@ class _Builder:
         base = self._read_base(before)
         touched, first_us = self._stragglers(before, new_files, told_again=told_again)
         span = Span(since=since, until=self.until_us)
-        name = _part_name(since, self.until_us)
+        name = part_name(since, self.until_us)
         with self._new_state() as state:
             if touched is None:
                 with atomic_file(self.folder / name) as aside, self._writer(aside, raw) as writer:
@@ -312,8 +308,8 @@ class _Builder:
         span: Span,
         touched: ir.Table,
         first_us: int,
-        state: _StateWriter,
-    ) -> _TableWriter:
+        state: StateWriter,
+    ) -> TableWriter:
         """Extend all keys but the touched; compute those anew and put their rows into the parts they belong to."""
         others = self._normalised(raw).anti_join(touched, self.keys)
         base = Base(
@@ -326,7 +322,7 @@ class _Builder:
         anew = self.engine.keep(feature_rows(self.plan, again, whole, late=late).filter(ibis._[AT] >= first_us))
         with atomic_folder(self.folder) as folder:
             for name in before.parts:
-                start, end = _part_span(name)
+                start, end = part_span(name)
                 if end < first_us:
                     os.link(self.folder / name, folder / name)
                     continue
@@ -338,7 +334,7 @@ class _Builder:
                 with self._writer(folder / name, raw) as rewritten:
                     rewritten.write_rows(stays)
                     rewritten.write(anew.filter((anew[AT] > start) & (anew[AT] <= end)))
-            with self._writer(folder / _part_name(span.since, span.until), raw) as writer:
+            with self._writer(folder / part_name(span.since, span.until), raw) as writer:
                 writer.write(feature_rows(self.plan, others, span, base=base, late=self._has_late(others)))
                 writer.write(anew.filter(anew[AT] > span.since))
             # Before the folders change places: a state that finds no room leaves the old table.
@@ -348,8 +344,8 @@ class _Builder:
 
     def _compact(self, sources: dict[str, FileStamps], token: str) -> None:
         """Many small parts become one; the rows stay the same."""
-        names = sorted(stamps(self.folder), key=_part_span)
-        joined = _part_name(_part_span(names[0])[0], _part_span(names[-1])[1])
+        names = sorted(stamps(self.folder), key=part_span)
+        joined = part_name(part_span(names[0])[0], part_span(names[-1])[1])
         rows = 0
         with atomic_folder(self.folder) as folder:
             with pq.ParquetWriter(folder / joined, pq.read_schema(self.folder / names[0])) as writer:
@@ -372,28 +368,28 @@ class _Builder:
     # --- writing ---
 
     @contextmanager
-    def _writer(self, path: Path, raw: ir.Table) -> Iterator[_TableWriter]:
+    def _writer(self, path: Path, raw: ir.Table) -> Iterator[TableWriter]:
         if self._schema is None:
             events = normalised(self.engine, self.plan, raw, self._attributes())
             rows = feature_rows(self.plan, events, Span(until=self.until_us), late=False).schema().to_pyarrow()
             stamped = [("event_timestamp", TIMESTAMP), ("created", TIMESTAMP)]
             values = [(name, rows.field(name).type) for name in self.spec.columns]
             self._schema = pa.schema([*((key, rows.field(key).type) for key in self.keys), *stamped, *values])
-        writer = _TableWriter(path, self._schema, self.engine)
+        writer = TableWriter(path, self._schema, self.engine)
         try:
             yield writer
         finally:
             writer.close()
 
     @contextmanager
-    def _new_state(self) -> Iterator[_StateWriter]:
+    def _new_state(self) -> Iterator[StateWriter]:
         """A state that is kept if the block ends well; the manifest's commit drops the one before."""
         self.state.mkdir(parents=True, exist_ok=True)
         token = uuid.uuid4().hex[:12]
         folder = self.state / token
         try:
             with full_disk_told(folder):
-                yield _StateWriter(self.plan, self.engine, folder, token)
+                yield StateWriter(self.plan, self.engine, folder, token)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -421,60 +417,6 @@ class _Builder:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-class _TableWriter:
-    """Streams rows into one parquet part, in the feature table's schema."""
-
-    def __init__(self, path: Path, schema: pa.Schema, engine: Engine) -> None:
-        self.schema, self.engine, self.rows = schema, engine, 0
-        self._file = pq.ParquetWriter(path, schema, compression="zstd")
-
-    def write(self, rows: ir.Table) -> None:
-        """Rows as `feature_rows` makes them; a row is known from the moment it is about."""
-        for batch in self.engine.batches(rows):
-            at = batch.column(AT).cast(TIMESTAMP)
-            given = ("event_timestamp", "created")
-            columns = [at if field.name in given else batch.column(field.name) for field in self.schema]
-            self._write(pa.RecordBatch.from_arrays(columns, schema=self.schema))
-
-    def write_rows(self, rows: ir.Table) -> None:
-        """Rows that are the table's already."""
-        for batch in self.engine.batches(rows.select(*self.schema.names)):
-            columns = [batch.column(field.name).cast(field.type) for field in self.schema]
-            self._write(pa.RecordBatch.from_arrays(columns, schema=self.schema))
-
-    def _write(self, batch: pa.RecordBatch) -> None:
-        self._file.write_batch(batch)
-        self.rows += batch.num_rows
-
-    def close(self) -> None:
-        self._file.close()
-
-
-class _StateWriter:
-    """The folder from which the next increment starts: `sums/` and `seen<i>/`, a part per call of `add`."""
-
-    def __init__(self, plan: Plan, engine: Engine, folder: Path, token: str) -> None:
-        self.plan, self.engine, self.folder, self.token = plan, engine, folder, token
-        self._n = 0
-
-    def add(self, events: ir.Table, span: Span, base: Base | None) -> None:
-        if self.plan.lists:
-            self._write("sums", list_base_at_end(self.plan, events, span, base))
-        else:
-            self._write("sums", base_at_end(self.plan, changes(self.plan, events, span, base)))
-        for i, seen in enumerate(seen_at_end(self.plan, events, span, base)):
-            self._write(f"seen{i}", seen)
-        self._n += 1
-
-    def _write(self, name: str, table: ir.Table) -> None:
-        path = self.folder / name / f"{self._n}.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        schema = pa.schema([field.with_nullable(True) for field in table.schema().to_pyarrow()])
-        with pq.ParquetWriter(path, schema, compression="zstd") as file:
-            for batch in self.engine.batches(table):
-                file.write_batch(pa.RecordBatch.from_arrays(batch.columns, schema=schema))
-
-
 @contextmanager
 def _only_builder(home: Home, view: str) -> Iterator[None]:
     folder = state_folder(home, view)
@@ -495,13 +437,3 @@ def _moment(us: int) -> datetime:
 
 def _missing(value: object) -> bool:
     return value is None or value != value
-
-
-def _part_name(since: int, until: int) -> str:
-    return f"{since}-{until}.parquet"
-
-
-def _part_span(name: str) -> tuple[int, int]:
-    """(since, until] in us of a part, from its name."""
-    since, _, until = name.removesuffix(".parquet").partition("-")
-    return int(since), int(until)
