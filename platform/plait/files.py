@@ -97,11 +97,15 @@ def _claimed_aside(path: Path) -> tuple[Path, int]:
     while True:
         aside = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
         aside.mkdir()
-        claim = os.open(aside, os.O_RDONLY)
+        # Another writer may take it for an orphan before it is locked, or before it is even opened.
+        try:
+            claim = os.open(aside, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
         fcntl.flock(claim, fcntl.LOCK_EX)
         if aside.exists():
             return aside, claim
-        os.close(claim)  # another writer took it for an orphan before it was locked
+        os.close(claim)
 
 
 def _take_place(aside: Path, path: Path) -> None:

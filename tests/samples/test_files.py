@@ -69,6 +69,25 @@ def test_writers_at_once_never_mix_and_none_fails(
     assert [left.name for left in tmp_path.iterdir()] == ["folder"]
 
 
+def test_a_folder_that_another_writer_took_for_an_orphan_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Removed between its making and its opening."""
+    open_, taken = os.open, []
+
+    def open_after_the_other(path, *arguments, **options):
+        if ".tmp-" in str(path) and not taken:
+            taken.append(path)
+            Path(path).rmdir()
+        return open_(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", open_after_the_other)
+    write(tmp_path / "folder", "a")
+    assert taken
+    assert words(tmp_path / "folder") == {"a"}
+    assert [left.name for left in tmp_path.iterdir()] == ["folder"]
+
+
 def test_a_folder_is_replaced_without_a_moment_in_which_it_is_missing(tmp_path: Path) -> None:
     path = tmp_path / "folder"
     write(path, "first")
