@@ -104,13 +104,8 @@ def test_pull_latest_equals_the_stock_store(stats: Any) -> None:
     assert results[0]["a"].to_pylist() == [20, 30, 40]
 
 
-def test_of_rows_that_tie_in_all_times_the_one_written_last_is_pulled_as_in_history(repo: Any, view: Any) -> None:
-    moment = pa.array([T0, T0], MICROS)
-    for part, values in enumerate([(1, 2), (3, 4)]):
-        columns = {"user_id": [1, 2], "event_timestamp": moment, "created": moment, "a": list(values)}
-        repo.write(f"v/part-{part}.parquet", pa.table(columns))
-    repo.apply([view("v", str(repo.path / "data/v"), features={"a": "Int64"}, created="created")])
-    store = repo.store()
+def pull_latest(store: Any, end: datetime) -> dict[int, int]:
+    """View v's newest `a` of each user, in the order of users."""
     job = store._get_provider().offline_store.pull_latest_from_table_or_query(
         config=store.config,
         data_source=store.get_feature_view("v").batch_source,
@@ -119,9 +114,19 @@ def test_of_rows_that_tie_in_all_times_the_one_written_last_is_pulled_as_in_hist
         timestamp_field="event_timestamp",
         created_timestamp_column="created",
         start_date=T0 - timedelta(hours=1),
-        end_date=T0 + timedelta(hours=1),
+        end_date=end,
     )
-    pulled = job.to_arrow().sort_by("user_id")["a"].to_pylist()
+    return {row["user_id"]: row["a"] for row in job.to_arrow().sort_by("user_id").to_pylist()}
+
+
+def test_of_rows_that_tie_in_all_times_the_one_written_last_is_pulled_as_in_history(repo: Any, view: Any) -> None:
+    moment = pa.array([T0, T0], MICROS)
+    for part, values in enumerate([(1, 2), (3, 4)]):
+        columns = {"user_id": [1, 2], "event_timestamp": moment, "created": moment, "a": list(values)}
+        repo.write(f"v/part-{part}.parquet", pa.table(columns))
+    repo.apply([view("v", str(repo.path / "data/v"), features={"a": "Int64"}, created="created")])
+    store = repo.store()
+    pulled = list(pull_latest(store, T0 + timedelta(hours=1)).values())
     frame = pa.table({"user_id": [1, 2], "event_timestamp": moment})
     assert pulled == store.get_historical_features(frame, ["v:a"]).to_arrow()["a"].to_pylist() == [3, 4]
 
@@ -139,23 +144,12 @@ def test_a_replayed_home_pulls_only_what_is_known_by_its_now(repo: Any, view: An
     (repo.path / "feature_store.yaml").write_text("")
     (repo.path / ".plait").mkdir()
     store = repo.store(created_cutoff=cutoff)
-    pull = store._get_provider().offline_store.pull_latest_from_table_or_query
     frame = pa.table({"user_id": [1, 2], "event_timestamp": pa.array([T0 + timedelta(hours=5)] * 2, MICROS)})
 
     def pulled(now: datetime) -> dict[int, int]:
         offset = now - datetime.now(UTC)
         (repo.path / ".plait" / "clock.json").write_text(json.dumps({"offset_us": offset // timedelta(microseconds=1)}))
-        job = pull(
-            config=store.config,
-            data_source=store.get_feature_view("v").batch_source,
-            join_key_columns=["user_id"],
-            feature_name_columns=["a"],
-            timestamp_field="event_timestamp",
-            created_timestamp_column="created",
-            start_date=T0 - timedelta(hours=1),
-            end_date=T0 + timedelta(hours=5),
-        )
-        return {row["user_id"]: row["a"] for row in job.to_arrow().to_pylist()}
+        return pull_latest(store, T0 + timedelta(hours=5))
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CreatedCutoffWarning)

@@ -19,6 +19,7 @@ TIMESTAMP = pa.timestamp("us", tz="UTC")
 
 
 def part_name(since: int, until: int) -> str:
+    """The name of the part with the rows of (since, until], in us."""
     return f"{since}-{until}.parquet"
 
 

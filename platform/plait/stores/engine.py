@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from feast.infra.registry.base_registry import BaseRegistry
 
 Interval = tuple[datetime, datetime]
-RUNS_ON_RECORD = 100
+RUNS_ON_RECORD = 100  # of a view: a hundred days, if it is materialized daily
 STREAM_ROWS = 4_096
 logger = logging.getLogger(__name__)
 
