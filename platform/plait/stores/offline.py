@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -419,9 +419,11 @@ def _pull(
 
 def _home_now(config: RepoConfig) -> datetime:
     """The present of the project's home, which may replay history; the wall's without a home."""
-    with suppress(SettingsError):
-        return Clock.of(find_home(Path(config.repo_path or "."))).now()
-    return datetime.now(UTC)
+    try:
+        home = find_home(Path(config.repo_path or "."))
+    except SettingsError:
+        return datetime.now(UTC)
+    return Clock.of(home).now()
 
 
 def _pull_query(
