@@ -66,7 +66,7 @@ def open_store(kind: str, impl: str, folder: Path, port: int | None) -> Any:
     }
     config = RepoConfig(
         project=f"bench_{impl}",
-        provider="local",
+        provider="plait.stores.provider.ColumnarProvider" if impl == "plait" else "local",
         registry={"registry_type": "sql", "path": f"sqlite:///{folder}/registry.db", "cache_ttl_seconds": 3600},
         online_store=online[f"{kind}-{impl}"],
         entity_key_serialization_version=3,

@@ -79,9 +79,11 @@ def test_feasts_own_commands_run_on_plaits_stores_and_engine(home):
     from plait.service import open_store
     from plait.stores.engine import ColumnarComputeEngine
     from plait.stores.offline import AsofDuckDBOfflineStore
+    from plait.stores.provider import ColumnarProvider
     from plait.stores.sqlite import PackedSQLiteOnlineStore
 
     provider = open_store(home)._get_provider()
+    assert type(provider) is ColumnarProvider
     assert type(provider.batch_engine) is ColumnarComputeEngine
     assert type(provider.offline_store) is AsofDuckDBOfflineStore
     assert type(provider.online_store) is PackedSQLiteOnlineStore

@@ -91,7 +91,7 @@ def durable_redis(tmp_path, find_port):
 def repo_config(folder: Path, online_store: dict[str, Any], **more: Any) -> RepoConfig:
     settings: dict[str, Any] = {
         "project": f"p{uuid.uuid4().hex[:8]}",
-        "provider": "local",
+        "provider": "plait.stores.provider.ColumnarProvider",
         "registry": {"registry_type": "sql", "path": f"sqlite:///{folder}/registry.db"},
         "offline_store": {"type": "plait.stores.offline.AsofDuckDBOfflineStore"},
         "batch_engine": {"type": "plait.stores.engine.ColumnarComputeEngine"},

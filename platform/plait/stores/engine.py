@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from feast.feature_view import DUMMY_ENTITY_ID
 from feast.infra.common.materialization_job import MaterializationJob, MaterializationJobStatus, MaterializationTask
 from feast.infra.compute_engines.base import ComputeEngine
 from feast.repo_config import FeastConfigBaseModel
@@ -208,8 +207,6 @@ class ColumnarComputeEngine(ComputeEngine):
         stored = StoredView.of(self.repo_config, view)
         finished = store.finished_batches(self.repo_config, stored)
         for table in tables:
-            if DUMMY_ENTITY_ID in {name for name, _ in stored.join_keys} and DUMMY_ENTITY_ID not in table.column_names:
-                table = table.append_column(DUMMY_ENTITY_ID, pa.array([""] * len(table)))
             digest = _digest(table, stored)
             if digest not in finished:
                 store.write_columns(self.repo_config, stored, table, event_timestamp=event_timestamp, created=created)

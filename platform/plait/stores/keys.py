@@ -13,6 +13,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+from feast.feature_view import DUMMY_ENTITY_ID
 from feast.infra.online_stores.helpers import compute_versioned_name
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey as EntityKeyProto
 from feast.value_type import ValueType
@@ -57,6 +58,8 @@ class StoredView:
                     f"a join key is one of {', '.join(kind.name for kind in _KINDS)}"
                 )
             keys.append((field.name, _KINDS[value_type]))
+        if not keys:  # without entities: Feast hides the key that it gave the view where it lists views
+            keys.append((DUMMY_ENTITY_ID, "text"))
         ttl = getattr(view, "ttl", None)
         versioned = config.registry.enable_online_feature_view_versioning
         return cls(
@@ -71,6 +74,11 @@ class StoredView:
     @property
     def integer_key(self) -> bool:
         return len(self.join_keys) == 1 and self.join_keys[0][1] == "int"
+
+    @property
+    def without_entities(self) -> bool:
+        """Feast gives such a view a key of its own, the same for all rows."""
+        return [name for name, _ in self.join_keys] == [DUMMY_ENTITY_ID]
 
     @property
     def key_signature(self) -> str:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 from feast import utils
+from feast.feature_view import DUMMY_ENTITY_ID, DUMMY_ENTITY_VAL
 from feast.infra.online_stores.online_store import OnlineStore
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey as EntityKeyProto
 from feast.protos.feast.types.Value_pb2 import Value as ValueProto
@@ -180,25 +181,29 @@ class PackedOnlineStore(OnlineStore):
         self,
         config: RepoConfig,
         table: FeatureView | StoredView,
-        rows: pa.Table,
+        rows: pa.Table | pa.RecordBatch,
         *,
         event_timestamp: str = EVENT_TIMESTAMP,
         created: str = CREATED,
     ) -> int:
-        """Store a table of join keys, every feature of the view, its event timestamps and perhaps created timestamps.
+        """Store columns: join keys, every feature of the view, its event timestamps and perhaps created timestamps.
 
-        event_timestamp, created: names of those columns; the second may be absent. Returns how many rows were offered
+        event_timestamp, created: names of those columns; the second may be absent, and so may the key that Feast gives
+        to a view without entities. Returns how many rows were offered
         (those older than what is stored change nothing). Raises StoreError.
         """
         view = table if isinstance(table, StoredView) else StoredView.of(config, table)
-        names = rows.column_names
+        names = rows.schema.names
         lacking = [name for name in (*view.schema.positions, event_timestamp) if name not in names]
         if lacking:
             raise StoreError(
                 f"view {view.name}: the rows lack {', '.join(lacking)}; a row is written whole, "
                 "so send a null for what is not known"
             )
-        keys = view.keys_of_columns({name: rows[name] for name, _ in view.join_keys if name in names})
+        keys_given = {name: rows[name] for name, _ in view.join_keys if name in names}
+        if not keys_given and view.without_entities:
+            keys_given[DUMMY_ENTITY_ID] = pa.array([DUMMY_ENTITY_VAL] * len(rows))
+        keys = view.keys_of_columns(keys_given)
         columns = [conform(rows[f.name], f.value_type, name=f.name) for f in view.schema.features]
         created_us = _moments(rows[created] if created in names else None, len(rows))
         self._write(config, view, keys, columns, _moments(rows[event_timestamp]), created_us)
@@ -376,13 +381,17 @@ def _feast_rows(features: tuple[Feature, ...], unpacked: Unpacked) -> list[ReadR
 
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_NAIVE_MOMENT = pa.timestamp("us")
 
 
-def _moments(column: pa.ChunkedArray | None, n_rows: int = 0) -> np.ndarray:
+def _moments(column: pa.ChunkedArray | pa.Array | None, n_rows: int = 0) -> np.ndarray:
     """A timestamp column as int64 microseconds; without a zone it is UTC; NO_CREATED where null or no column."""
     if column is None:
         return np.full(n_rows, NO_CREATED, dtype=np.int64)
     if not pa.types.is_timestamp(column.type) and not pa.types.is_null(column.type):
         raise StoreError(f"a timestamp column came as {column.type}; it must be a timestamp")
-    plain = column.cast(MOMENT, safe=False).cast(pa.int64()).fill_null(NO_CREATED)
-    return plain.to_numpy()
+    if column.type not in (MOMENT, _NAIVE_MOMENT):
+        column = column.cast(MOMENT, safe=False)
+    if column.null_count:
+        column = column.cast(pa.int64()).fill_null(NO_CREATED)
+    return column.to_numpy().view(np.int64)

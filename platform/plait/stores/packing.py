@@ -66,7 +66,7 @@ class RowSchema:
 
     @classmethod
     def of(cls, features: Mapping[str, ValueType]) -> RowSchema:
-        return cls(tuple(Feature(name, features[name]) for name in sorted(features)))
+        return _schema_of(tuple(sorted(features.items())))
 
     @cached_property
     def text(self) -> str:
@@ -99,6 +99,11 @@ class RowSchema:
     def null_row(self) -> bytes:
         """A row of this schema in which everything is missing."""
         return self.fingerprint + bytes(8 * self.words - 8)
+
+
+@lru_cache(maxsize=512)
+def _schema_of(features: tuple[tuple[str, ValueType], ...]) -> RowSchema:
+    return RowSchema(tuple(Feature(name, value_type) for name, value_type in features))
 
 
 # Packing ----------------------------------------------------------------------------------------------------------

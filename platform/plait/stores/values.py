@@ -108,6 +108,8 @@ def conform(column: pa.ChunkedArray | pa.Array, value_type: ValueType, *, name: 
     if isinstance(array, pa.ChunkedArray):  # combine_chunks of no chunks, before pyarrow 20
         array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
     storage = storage_of(value_type)
+    if storage.in_word and array.type.equals(storage.arrow):
+        return array  # most features, and most of a push's cost is in calls
     if array.null_count == len(array):
         return pa.nulls(len(array), pa.string() if value_type in _TEXT else storage.arrow)
     try:
