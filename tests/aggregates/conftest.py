@@ -11,7 +11,7 @@ import pytest
 
 from plait.offline.engine import Engine, open_engine
 from plait.settings import Home
-from tests.aggregates.witness import items_table, to_table
+from tests.aggregates.witness import ITEM_ROWS, ItemRow, items_table, to_table
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def make_home(tmp_path: Path) -> Callable[..., Home]:
     def make(*parts: Sequence[Mapping[str, Any]], name: str = "home") -> Home:
         home = Home(project=tmp_path / name, root=tmp_path / name / ".plait").create()
         (home.events / "items").mkdir()
-        pq.write_table(items_table(), home.events / "items" / "items.parquet")
+        add_items(home, "items", ITEM_ROWS)
         for i, events in enumerate(parts):
             add_part(home, f"part{i}", events)
         return home
@@ -39,3 +39,7 @@ def add_part(home: Home, name: str, events: Sequence[Mapping[str, Any]]) -> None
     folder = home.events / "feedback"
     folder.mkdir(exist_ok=True)
     pq.write_table(to_table(events), folder / f"{name}.parquet")
+
+
+def add_items(home: Home, name: str, rows: Sequence[ItemRow]) -> None:
+    pq.write_table(items_table(rows), home.events / "items" / f"{name}.parquet")

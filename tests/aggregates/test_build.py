@@ -17,7 +17,7 @@ from plait.aggregates.build import BuildReport, build_view
 from plait.aggregates.manifest import read_manifest, stamps, table_folder
 from plait.errors import DataError, SpecError
 from plait.settings import Home
-from tests.aggregates.conftest import add_part
+from tests.aggregates.conftest import add_items, add_part
 from tests.aggregates.witness import DAY, HOUR, START, everything, known, lists
 
 
@@ -94,6 +94,54 @@ def test_files_that_arrive_late_retile_what_they_touch_and_equal_a_full_build(ma
     build(home, spec, START + 20 * DAY)
     build(once, spec, START + 20 * DAY)
     assert rows(home, spec) == rows(once, spec)
+
+
+BY_GENRE = everything("hour", keys=("user_id", "genre"))
+UNTIL = START + 6 * DAY
+
+
+@pytest.mark.parametrize(
+    ("catalogue", "mode"),
+    [
+        ([(1, UNTIL, UNTIL, ["Comedy", "Action"])], "increment"),  # as it was
+        ([(1, UNTIL, UNTIL, ["Horror"])], "increment"),  # from now on
+        ([(9, UNTIL, UNTIL, ["Horror"])], "increment"),  # nobody has met it yet
+        ([(1, START - 3 * DAY, UNTIL, ["Horror"])], "increment"),  # of the past, and already told otherwise
+        ([(1, START + 5 * DAY, START + 5 * DAY, ["Horror"])], "full"),  # events of a day were counted otherwise
+        ([(1, START + 5 * DAY, START + 5 * DAY, ["Comedy", "Action"])], "increment"),  # the same, as it was
+        ([(2, START, START, ["Horror"])], "full"),  # known earlier than what was known first
+    ],
+    ids=["as it was", "from now on", "unmet", "superseded", "earlier", "earlier, as it was", "first"],
+)
+def test_a_new_catalogue_costs_a_full_build_only_if_it_changes_what_was_counted(make_home, catalogue, mode):
+    events = some_events(6)
+    home = make_home([e for e in events if known(e) <= UNTIL])
+    build(home, BY_GENRE, UNTIL)
+    add_items(home, "catalogue", catalogue)
+    add_part(home, "later", [e for e in events if known(e) > UNTIL])
+    assert build(home, BY_GENRE, START + 9 * DAY).mode == mode
+    once = make_home(events, name="once")
+    add_items(once, "catalogue", catalogue)
+    build(once, BY_GENRE, START + 9 * DAY)
+    assert rows(home, BY_GENRE) == rows(once, BY_GENRE)
+
+
+def test_events_of_an_unknown_item_count_from_when_it_is_known(make_home):
+    """And are not forgotten by the increment in which that comes, though they are old and their file is."""
+    events = [{**e, "created": e["timestamp"]} for e in some_events(7)]
+    known_at = START + 14 * DAY
+    home, once = make_home(events), make_home(events, name="once")
+    for place in (home, once):
+        (place.events / "items" / "items.parquet").unlink()
+        add_items(place, "items", [(item, known_at, known_at, ["Drama"]) for item in (1, 2, 3)])
+    spec = everything("day", keys=("user_id", "genre"), windows=("1d", "all"))
+    build(home, spec, START + 12 * DAY)
+    assert rows(home, spec) == []
+    assert build(home, spec, START + 16 * DAY).mode == "increment"
+    build(once, spec, START + 16 * DAY)
+    assert rows(home, spec) == rows(once, spec)
+    newest = max(rows(home, spec), key=lambda row: row["event_timestamp"])
+    assert newest["n_all"] == len({e["event_id"] for e in events if e["user_id"] == newest["user_id"]})
 
 
 def test_an_increment_reads_and_writes_only_what_is_new(make_home):

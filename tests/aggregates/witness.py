@@ -28,7 +28,18 @@ CONDITIONS: Mapping[str | None, Callable[[Mapping[str, Any]], bool]] = {
         event["item_id"] in (1, 2) and event["value"] is not None and not event["value"] < 2
     ),
 }
-GENRES = {1: ["Comedy"], 2: ["Comedy", "Drama"], 3: []}
+# (item, event timestamp, created, genres): one is corrected, and then told of the past; of one nothing is known before
+# some events, and a day later the same again; one gets its genre late.
+ItemRow = tuple[int, int, int, list[str]]
+ITEM_ROWS: tuple[ItemRow, ...] = (
+    (1, START - DAY, START - DAY, ["Comedy"]),
+    (1, START - DAY, START + 2 * DAY + HOUR, ["Comedy", "Action"]),
+    (1, START - 2 * DAY, START + 3 * DAY, ["Western"]),
+    (2, START + DAY, START + DAY + HOUR, ["Comedy", "Drama"]),
+    (2, START + 2 * DAY, START + 2 * DAY, ["Comedy", "Drama"]),
+    (3, START - DAY, START - DAY, []),
+    (3, START + 4 * DAY, START + DAY, ["Drama"]),
+)
 
 EVERYTHING = (
     Count("n"),
@@ -100,12 +111,27 @@ def to_table(events: Sequence[Mapping[str, Any]]) -> pa.Table:
     return pa.Table.from_pylist([{name: event.get(name) for name in FEEDBACK.names} for event in events], FEEDBACK)
 
 
-def items_table() -> pa.Table:
+def items_table(item_rows: Sequence[ItemRow] = ITEM_ROWS) -> pa.Table:
     rows = [
-        {"item_id": item, "event_timestamp": START - DAY, "created": START - DAY, "title": f"m{item}", "genres": genres}
-        for item, genres in GENRES.items()
+        {"item_id": item, "event_timestamp": at, "created": created, "title": f"m{item}", "genres": genres}
+        for item, at, created, genres in item_rows
     ]
     return pa.Table.from_pylist([{name: row.get(name) for name in ITEMS.names} for row in rows], ITEMS)
+
+
+def genres_of(item: int, at: int) -> tuple[list[str], int]:
+    """An item's genres as known at a moment (as first known, before that), and since when they are known."""
+    in_force: list[tuple[int, list[str]]] = []
+    newest = None
+    for since, happened, genres in sorted((max(row[1], row[2]), row[1], row[3]) for row in ITEM_ROWS if row[0] == item):
+        if newest is None or happened >= newest:
+            newest = happened
+            in_force.append((since, genres))
+    chosen = in_force[0]
+    for version in in_force:
+        if version[0] <= at:
+            chosen = version
+    return chosen[1], chosen[0]
 
 
 def deduplicated(events: Iterable[Mapping[str, Any]], keys: Sequence[str] = ()) -> list[Mapping[str, Any]]:
@@ -135,10 +161,13 @@ def naive(spec: AggregateSpec, events: Iterable[Mapping[str, Any]], key: tuple[A
     period = {"event": 1, "hour": HOUR, "day": DAY}[spec.cadence]
     seen = []
     for event in deduplicated(events, spec.keys):
-        for genre in GENRES[event["item_id"]] if "genre" in spec.keys else [None]:
+        genres, since = (
+            genres_of(event["item_id"], event["timestamp"]) if "genre" in spec.keys else ([None], known(event))
+        )
+        for genre in genres:
             row = {**event, "genre": genre}
             tile_end = row["timestamp"] // period * period + period
-            known_tile = -(-known(row) // period) * period
+            known_tile = -(-max(known(row), since) // period) * period
             enter = max(tile_end, known_tile)
             if tuple(row[name] for name in spec.keys) == key and enter <= at:
                 seen.append({**row, "_full": tile_end, "_enter": enter})

@@ -23,6 +23,7 @@ import ibis
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from plait.aggregates.attributes import changed_versions, unknown_at
 from plait.aggregates.events import (
     ENTER,
     FULL,
@@ -163,10 +164,12 @@ class _Builder:
             new = added(before.sources[name], sources[name])
             if not new:
                 continue
-            key = ATTRIBUTE_KEYS[name]
-            touched = self.engine.read_parquet([self.home.events / name / file for file in new])
-            events = self._raw().filter(ibis._[TIME] <= before.until_us)
-            if self.engine.count(events.semi_join(touched, key)):
+            key, folder = ATTRIBUTE_KEYS[name], self.home.events / name
+            came, had = ([folder / file for file in files] for files in (new, sorted(before.sources[name])))
+            changes = changed_versions(self.engine, self.spec.events, name, came, had)
+            events = self._raw().filter(ibis._[TIME] <= before.until_us).select(key, TIME)
+            touched = events.inner_join(changes, [key, events[TIME] >= changes["_since"]])
+            if self.engine.count(touched.limit(1)):
                 return True
         return False
 
@@ -251,11 +254,15 @@ class _Builder:
         return writer.rows, n_touched
 
     def _reach(self, raw: ir.Table, since: int, new_files: Sequence[Path]) -> tuple[int, bool]:
-        """The earliest event time an increment must read: of events that can still leave, of events that are new
-        however old they claim to be, and of earlier copies of those; and whether there are such copies."""
+        """The earliest event time an increment must read: of events that can still leave, of events that are new or
+        known only now however old they claim to be, and of earlier copies of those; and whether there are copies."""
         reach = since - self.plan.longest_us - self.spec.period_us
         ids = list(self.spec.events.id)
-        fresh = raw.filter(raw["_known"] > since).select(*ids, TIME)
+        late = [raw.filter(raw["_known"] > since)]
+        late += unknown_at(self.engine, self.spec.events, raw, self._attributes(), since)
+        fresh = (
+            ibis.union(*(events.select(*ids, TIME) for events in late)) if len(late) > 1 else late[0].select(*ids, TIME)
+        )
         if new_files:
             fresh = fresh.union(self._raw(new_files).select(*ids, TIME))
         fresh = self.engine.keep(fresh)

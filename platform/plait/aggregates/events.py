@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 import ibis
 
+from plait.aggregates.attributes import with_attributes
+from plait.aggregates.moments import to_us
 from plait.aggregates.plan import FOREVER, LIMIT, SCALE, Measure, Plan
-from plait.aggregates.spec import ATTRIBUTE_KEYS
 from plait.aggregates.where import holds
 from plait.errors import DataError, UnknownNameError
 
@@ -24,21 +25,6 @@ if TYPE_CHECKING:
     from plait.offline.engine import Engine
 
 ID, TIME, FULL, ENTER = "_id", "_time", "_full", "_enter"
-
-
-@ibis.udf.scalar.builtin(name="epoch_us")
-def _epoch_us(at: ibis.expr.datatypes.Timestamp(timezone="UTC")) -> int:  # type: ignore[valid-type, empty-body]
-    """DuckDB's microseconds since 1970."""
-
-
-@ibis.udf.scalar.builtin(name="unix_micros")
-def _unix_micros(at: ibis.expr.datatypes.Timestamp(timezone="UTC")) -> int:  # type: ignore[valid-type, empty-body]
-    """Spark's microseconds since 1970."""
-
-
-def to_us(engine: Engine, column: ir.Value) -> ir.IntegerValue:
-    """A timestamp as int64 microseconds since 1970."""
-    return (_epoch_us if engine.name == "duckdb" else _unix_micros)(column)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +76,7 @@ def normalised(
     copies: False if every event is known to be there once.
     """
     spec = plan.spec
-    events = _with_attributes(engine, plan, once(plan, raw) if copies else raw, attributes)
+    events = with_attributes(engine, plan.spec.events, once(plan, raw) if copies else raw, attributes)
     floats = [name for name in events.columns if events[name].type().is_floating()]
     # NaN counts as missing from here on: in a condition SQL would hold it greater than every number.
     events = events.mutate(**{name: _finite(events[name]) for name in floats})
@@ -168,44 +154,3 @@ def _finite(column: ir.Value) -> ir.FloatingValue:
 def _modulo(value: ir.IntegerValue, period: int) -> ir.IntegerValue:
     """Remainder in [0, period), also for times before 1970."""
     return ((value % period) + period) % period
-
-
-def _with_attributes(engine: Engine, plan: Plan, events: ir.Table, tables: Mapping[str, ir.Table]) -> ir.Table:
-    source = plan.spec.events
-    for name in source.attribute_tables:
-        wanted = {
-            attribute: reference.partition(".")[2]
-            for attribute, reference in source.attributes.items()
-            if reference.partition(".")[0] == name
-        }
-        events = _joined(engine, events, tables[name], ATTRIBUTE_KEYS[name], wanted, f"events/{name}")
-    return events
-
-
-def _joined(
-    engine: Engine, events: ir.Table, table: ir.Table, key: str, wanted: Mapping[str, str], where: str
-) -> ir.Table:
-    """Events with attributes of the row in force when they happened; before the first row, of the first."""
-    for column in wanted.values():
-        if column not in table.columns:
-            raise UnknownNameError("column", column, table.columns, where=where)
-    at = to_us(engine, table["event_timestamp"])
-    table = table.mutate(_at=at, _made=ibis.coalesce(to_us(engine, table["created"]), at))
-    table = table.select(key, "_at", "_made", **{name: table[column] for name, column in wanted.items()})
-    newest = ibis.row_number().over(group_by=[key, "_at"], order_by=ibis.desc("_made"))
-    table = table.mutate(_newest=newest)
-    table = table.filter(table["_newest"] == 0)
-    by_key = ibis.window(group_by=key, order_by="_at")
-    first = ibis.row_number().over(by_key) == 0
-    table = table.mutate(
-        _from=ibis.ifelse(first, ibis.literal(-FOREVER, "int64"), table["_at"]),
-        _to=ibis.coalesce(table["_at"].lead().over(by_key), ibis.literal(FOREVER, "int64")),
-    ).select(key, "_from", "_to", *wanted)
-    for name in wanted:
-        if isinstance(table[name].type(), ibis.expr.datatypes.Array):
-            table = table.mutate(**{name: table[name].unnest()})
-    table = table.rename(_key=key)
-    joined = events.inner_join(
-        table, [events[key] == table["_key"], events[TIME] >= table["_from"], events[TIME] < table["_to"]]
-    )
-    return joined.drop("_key", "_from", "_to")

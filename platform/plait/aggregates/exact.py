@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import ibis
 import pyarrow as pa
 
-from plait.aggregates.events import ENTER, FULL, ID, TIME, normalised, raw_events, to_us
+from plait.aggregates.events import ENTER, FULL, ID, TIME, normalised, raw_events
+from plait.aggregates.moments import to_us
 from plait.aggregates.plan import FOREVER, US_PER_S, Plan
 from plait.aggregates.sources import check_sources, corrupt_part_named
 from plait.aggregates.spec import ALL_TIME, AggregateSpec

@@ -58,7 +58,8 @@ class EventSource:
 
     types: keep these of the table's `type` column (empty: all). where: a condition on the columns. id: columns that
     together name an event; the same one twice counts once. attributes: further columns taken from the item or user
-    as it was at the time of the event, {"genre": "items.genres"}; a list attribute makes one event per element.
+    as it was known at the time of the event, {"genre": "items.genres"}; a list attribute makes one event per element.
+    An event from before the first row of its item counts from when that row was known.
     """
 
     table: str
@@ -84,6 +85,11 @@ class EventSource:
     @property
     def attribute_tables(self) -> tuple[str, ...]:
         return tuple(sorted({reference.partition(".")[0] for reference in self.attributes.values()}))
+
+    def attributes_of(self, table: str) -> dict[str, str]:
+        """Attribute → column of one of the attribute tables."""
+        split = {name: reference.partition(".") for name, reference in self.attributes.items()}
+        return {name: column for name, (of, _, column) in split.items() if of == table}
 
     def to_dict(self) -> dict[str, Any]:
         return {
