@@ -251,6 +251,8 @@ def set_up(project: SimpleNamespace, *, cutoff: bool = False) -> None:
             "user_id": pa.array(rng.integers(1, N_USERS, 60), pa.int64()),
             "moment": pa.array(seen_at, MICROS),
             "last": pa.array(last, pa.int64()),
+            # Not what Feast calls so: the mapping gives the name to the column above.
+            "user_last_event_at": pa.array(range(60), pa.int64()),
         }
     )
     write(project.home.features / "last_seen", table)

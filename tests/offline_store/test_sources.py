@@ -177,11 +177,12 @@ def test_a_small_frame_on_a_large_source_and_the_reverse_agree_with_the_stream(
     assert 0 < whole["s"].null_count < 50
 
 
-def test_a_column_that_is_gone_is_named_with_the_nearest(repo: Any, view: Any) -> None:
+@pytest.mark.parametrize(("column", "what"), [("a", "a feature"), ("user_id", "a join key")])
+def test_a_column_that_is_gone_is_named_with_the_nearest(repo: Any, view: Any, column: str, what: str) -> None:
     path = repo.write("v.parquet", rows((1, 0, 1)))
     repo.apply([view("v", path, features={"a": "Int64"})])
-    repo.write("v.parquet", rows((1, 0, 1)).rename_columns(["user_id", "event_timestamp", "aa"]))
-    with pytest.raises(StoreError, match=r"no column 'a' for a feature of view 'v'; did you mean 'aa'\?"):
+    repo.write("v.parquet", rows((1, 0, 1)).rename_columns({column: f"{column}a"}))
+    with pytest.raises(StoreError, match=rf"no column '{column}' for {what} of view 'v'; did you mean '{column}a'\?"):
         ask(repo)
 
 

@@ -48,12 +48,6 @@ def make_view(path, *, entities=(USER,), fields=None, **source):
     )
 
 
-def values(store, backend, users, *, names=("n",)):
-    view = store.get_feature_view("stats")
-    got = backend.store.read_columns(backend.config, view, {"user_id": list(users)}, names, now=T0 + 90 * DAY)
-    return got.columns["n"].to_pylist()
-
-
 @pytest.fixture(params=OFFLINE)
 def config(request, backend, tmp_path, stores):
     online = backend.config.online_store.model_dump(exclude_unset=True)
@@ -88,27 +82,6 @@ def test_columns_of_the_source_may_have_other_names(config, backend, tmp_path):
     store.apply([USER, view])
     store.materialize(T0 - DAY, T0 + 2 * DAY)
     assert store.get_online_features(features=["stats:n"], entity_rows=[{"user_id": 7}]).to_dict()["n"] == [2]
-
-
-def test_a_store_that_renames_by_itself_is_sorted_by_the_new_names(backend, tmp_path):
-    """As Feast's Spark store does."""
-    path = tmp_path / "source.parquet"
-    write(path, [(2, T0, T0, 20), (1, T0, T0, 10)])
-    view = make_view(path, field_mapping={"uid": "user_id"})
-    store = FeatureStore(config=backend.config)
-    store.apply([USER, view])
-
-    class Renaming:
-        def pull_latest_from_table_or_query(self, **request):
-            assert request["join_key_columns"] == ["uid"]
-            table = pq.read_table(path)
-            return type("Job", (), {"to_arrow": lambda self: table})()
-
-    engine = ColumnarComputeEngine(repo_config=backend.config, offline_store=Renaming(), online_store=backend.store)
-    task = MaterializationTask(backend.config.project, view, T0 - DAY, T0 + DAY)
-    (job,) = engine.materialize(store.registry, task)
-    assert job.error() is None
-    assert values(store, backend, [1, 2]) == [10, 20]
 
 
 def test_a_view_without_entities_has_one_row(config, tmp_path):

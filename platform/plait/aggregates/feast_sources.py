@@ -7,6 +7,7 @@ Feast's offline stores take a source class each: DuckDB a FileSource, Spark a Sp
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,17 +29,25 @@ def home_path(*parts: str) -> str:
     return "/".join([os.environ.get("PLAIT_HOME") or ".plait", *parts])
 
 
-def table_source(name: str, path: str) -> DataSource:
+def table_source(name: str, path: str, *, field_mapping: Mapping[str, str] | None = None) -> DataSource:
     """Feast's source for a folder of parquet parts with event_timestamp and created.
 
     A SparkSource if feature_store.yaml's offline store is Feast's Spark store, else a FileSource. path: relative to the
-    project, absolute, or (for Spark) a URI. Raises SettingsError if feature_store.yaml cannot be read.
+    project, absolute, or (for Spark) a URI. field_mapping: a column's own name → its name in Feast, where they differ;
+    the two timestamps may differ too. Raises SettingsError if feature_store.yaml cannot be read.
     """
+    mapping = dict(field_mapping or {})
     config = _feature_store_yaml()
     if config is None or _offline_store(config) not in _SPARK_STORES:
         from feast import FileSource
 
-        return FileSource(name=name, path=path, timestamp_field=EVENT_TIMESTAMP, created_timestamp_column=CREATED)
+        return FileSource(
+            name=name,
+            path=path,
+            timestamp_field=EVENT_TIMESTAMP,
+            created_timestamp_column=CREATED,
+            field_mapping=mapping,
+        )
     from feast.infra.offline_stores.contrib.spark_offline_store.spark_source import SparkSource
 
     # Spark resolves a relative path against its own working directory, or the cluster's file system.
@@ -49,6 +58,7 @@ def table_source(name: str, path: str) -> DataSource:
         file_format="parquet",
         timestamp_field=EVENT_TIMESTAMP,
         created_timestamp_column=CREATED,
+        field_mapping=mapping,
     )
 
 

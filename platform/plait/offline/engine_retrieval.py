@@ -91,16 +91,21 @@ def _view(engine: Engine, store: FeatureStore, spec: ServiceSpec, name: str, *, 
     if source is None:
         raise StoreError(f"feature view {name!r} has no batch_source, so it has no history; give it one")
     table, written = _source_table(engine, source, store.repo_path)
-    table = table.rename({new: old for old, new in (source.field_mapping or {}).items() if old in table.columns})
+    own = {new: old for old, new in (source.field_mapping or {}).items() if old in table.columns}
+
+    def column(name: str) -> Any:
+        # Not table.rename: where a column has the new name already, it keeps that one and drops the renamed.
+        if (found := own.get(name, name)) not in table.columns:
+            raise StoreError(f"source {source.name!r}: no column {found!r}; {did_you_mean(found, table.columns)}")
+        return table[found]
+
+    values = {name: column(name) for name in (*view.join_keys, *view.features)}
     created = source.created_timestamp_column or None
-    for column in (*view.join_keys, *view.features, source.timestamp_field, *([created] if created else [])):
-        if column not in table.columns:
-            raise StoreError(f"source {source.name!r}: no column {column!r}; {did_you_mean(column, table.columns)}")
-    times = {EVENT: _micros(engine, table[source.timestamp_field])}
+    times = {EVENT: _micros(engine, column(source.timestamp_field))}
     if created:
-        times[CREATED] = _micros(engine, table[created])
+        times[CREATED] = _micros(engine, column(created))
     return AsofView(
-        rows=table.select(*view.join_keys, *view.features, *written, **times),
+        rows=table.select(*written, **values, **times),
         keys=view.join_keys,
         features=view.features,
         written=written,

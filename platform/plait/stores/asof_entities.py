@@ -55,13 +55,14 @@ class BoundEntities:
         return own
 
     def check_keys(self, view: ViewPlan) -> None:
-        """Raises StoreError unless the frame has the view's keys, in types that can be compared."""
+        """Raises StoreError unless the frame and the source have the view's keys, in types that can be compared."""
         for key, column in view.join_keys.items():
             if column not in self.columns:
                 raise StoreError(
                     f"the entity frame has no column {column!r}, a join key of view {view.name!r}; "
                     f"{did_you_mean(column, self.columns)}"
                 )
+            view.relation.column(key, what=f"a join key of view {view.name!r}")  # raises where there is none
             theirs, ours = view.relation.type_of(key), self.columns[column]
             if (theirs == "VARCHAR") != (ours == "VARCHAR") and '"NULL"' not in (theirs, ours):
                 raise StoreError(

@@ -140,18 +140,16 @@ class ColumnarComputeEngine(ComputeEngine):
             start_date=start,
             end_date=end,
         )
-        renamed = source.field_mapping or {}
-        with self._sorted(job, join_keys, renamed) as (n_rows, n_keyless, batches):
+        mapping = source.field_mapping or {}
+        asked = (*join_keys, *features, timestamp_field, created_field)
+        named = {own: mapping.get(own, own) for own in asked if own}
+        with self._sorted(job, named, [named[key] for key in join_keys]) as (n_rows, n_keyless, batches):
             if n_keyless:
                 logger.warning("view %s: left out %d rows whose join key is null", view.name, n_keyless)
             bar = task.tqdm_builder(n_rows) if task.tqdm_builder else None
             try:
-                for n_written in self._write(
-                    view,
-                    (_rename(pa.table(batch), renamed) for batch in batches),
-                    renamed.get(timestamp_field, timestamp_field),
-                    renamed.get(created_field, created_field) if created_field else "",
-                ):
+                tables = (pa.table(batch) for batch in batches)
+                for n_written in self._write(view, tables, named[timestamp_field], named.get(created_field or "", "")):
                     if bar is not None:
                         bar.update(n_written)
             finally:
@@ -168,19 +166,26 @@ class ColumnarComputeEngine(ComputeEngine):
 
     @contextmanager
     def _sorted(
-        self, job: Any, join_keys: Sequence[str], renamed: Mapping[str, str]
+        self, job: Any, named: Mapping[str, str], keys: Sequence[str]
     ) -> Iterator[tuple[int, int, Iterator[pa.RecordBatch]]]:
-        """(rows, rows left out for a null key, the rows in order of key) of a retrieval job."""
+        """(rows, rows left out for a null key, the rows in order of key) of a retrieval job.
+
+        named: the columns the job was asked for, by the source's names, and Feast's name of each. keys: Feast's names.
+        """
         stream = getattr(job, "to_arrow_reader", None)
         # Small batches: what is on its way is in memory beside what is sorted.
         pulled = stream(STREAM_ROWS) if stream else job.to_arrow().to_reader()
-        # Feast's Spark store applies the field mapping by itself, its DuckDB store leaves it to the engine.
-        keys = [name if name in pulled.schema.names else renamed.get(name, name) for name in join_keys]
+        names = pulled.schema.names
+        # Feast's Spark store applies the field mapping by itself, its DuckDB store leaves it to the engine. Applied
+        # twice, it renames a column whose new name is another's old one.
+        if names[: len(named)] != [*named.values()]:
+            names = [named.get(name, name) for name in names]
         n_rows, n_keyless = 0, 0
 
         def counted() -> Iterator[pa.RecordBatch]:
             nonlocal n_rows, n_keyless
             for batch in pulled:
+                batch = batch.rename_columns(names)
                 missing = [batch.column(key).is_null() for key in keys]
                 whole = pc.invert(reduce(pc.or_, missing)) if missing else None
                 kept = batch if whole is None else batch.filter(whole)
@@ -190,7 +195,8 @@ class ColumnarComputeEngine(ComputeEngine):
         order = f"ORDER BY {', '.join(map(quote, keys))}" if keys else ""
         limits = EngineLimits(memory_limit=self.config.memory_limit, threads=self.config.threads)
         with plain_errors(limits, doing="sorting by key"), connect(limits) as db:
-            db.register("pulled", pa.RecordBatchReader.from_batches(pulled.schema, counted()))
+            schema = pa.schema([field.with_name(name) for field, name in zip(pulled.schema, names, strict=True)])
+            db.register("pulled", pa.RecordBatchReader.from_batches(schema, counted()))
             ordered = db.sql(f"SELECT * FROM pulled {order}").to_arrow_reader(self.config.batch_rows)
             # Sorting takes in all rows before it gives out the first: from then on the counts are whole.
             first = list(islice(ordered, 1))
@@ -261,10 +267,6 @@ def _digest(table: pa.Table, view: StoredView) -> bytes:
         writer.write_table(table.combine_chunks())
     digest.update(sink.getvalue())
     return digest.digest()
-
-
-def _rename(table: pa.Table, names: dict[str, str]) -> pa.Table:
-    return table.rename_columns([names.get(name, name) for name in table.column_names]) if names else table
 
 
 def _aware(moment: datetime) -> datetime:
