@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import random
+import time
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.dataset as pads
+import pyarrow.parquet as pq
 import pytest
 
+from plait.aggregates import AggregateSpec, Count, DistinctCount, feedback, impressions
 from plait.aggregates.build import build_view
 from plait.aggregates.eventfolder import EventFolder
 from plait.aggregates.follow import follow
 from plait.aggregates.manifest import table_folder
 from plait.aggregates.stream import stream_updater
 from plait.clock import Clock
+from plait.data.tables import SCHEMAS
 from plait.errors import DataError, StoreError
 from plait.eventlog.segments import EventLog
 from tests.aggregates.conftest import add_part
@@ -111,6 +116,88 @@ def test_stream_and_batch_agree_at_every_moment(make_home, spec):
     assert online_values(store, spec) == {key: expected[key] for key in touched} and len(touched) >= 3
 
 
+BY_USER = {"keys": ("user_id",), "cadence": "event", "windows": ("2d", "all")}
+GENRES_OF_USER = AggregateSpec(
+    name="genres",
+    events=feedback("rating", genre="items.genres"),
+    features=(Count("n"), DistinctCount("genres", of="genre")),
+    **BY_USER,
+)
+SHOWN_TO_USER = AggregateSpec(
+    name="shown", events=impressions(), features=(Count("n"), DistinctCount("items", of="item_id")), **BY_USER
+)
+
+
+def some_impressions(seed: int) -> list[dict[str, Any]]:
+    """Ten requests of five items each, some told twice."""
+    rng = random.Random(seed)
+    rows = []
+    for i in range(10):
+        at, user = START + rng.randint(0, 12) * 6 * HOUR, i % 3 + 1
+        shown = {"timestamp": at, "user_id": user, "created": at}
+        rows += [{**shown, "request_id": f"r{i}", "item_id": item} for item in range(1, 6)]
+    return rows + rows[5:9]
+
+
+@pytest.mark.parametrize("history", [0, 1, 2], ids=["all live", "half in the tables", "all in the tables"])
+@pytest.mark.parametrize("spec", [GENRES_OF_USER, SHOWN_TO_USER], ids=["list attribute", "two-column id"])
+def test_an_event_of_several_rows_or_ids_counts_as_in_the_table(make_home, spec, history):
+    table = spec.events.table
+    if table == "feedback":
+        events, to_rows = some_events(11), to_table
+    else:
+        events = sorted(some_impressions(12), key=lambda row: row["timestamp"])
+        to_rows = partial(pa.Table.from_pylist, schema=SCHEMAS[table])
+    homes = [make_home(name=name) for name in ("live", "whole")]
+    known_before = len(events) * history // 2
+    for home, part in zip(homes, (events[:known_before], events), strict=True):
+        (home.events / table).mkdir(exist_ok=True)
+        pq.write_table(to_rows(part), home.events / table / "a.parquet")
+    build_view(homes[1], spec, until=moment(START + 20 * DAY))
+    store = FakeOnlineStore()
+    with stream_updater(homes[0], [spec], store.push) as updater:
+        for i in range(0, len(events), 7):
+            updater.absorb(table, to_rows(events[i : i + 7]))
+        updater.advance(moment(START + 19 * DAY))
+    expected = table_values(homes[1], spec, START + 19 * DAY)
+    assert online_values(store, spec) == expected and len(expected) == 3
+
+
+def test_of_copies_for_different_users_one_counts_and_a_doubt_is_logged(make_home, caplog):
+    spec, (event,) = everything("event"), [e for e in some_events(3) if e["type"] == "rating"][:1]
+    event = {**event, "created": event["timestamp"], "user_id": 1}
+    later = {**event, "created": event["created"] + HOUR, "user_id": 2}
+    other = {**event, "event_id": "other", "user_id": 2}
+    for live, history in ([event, later, other], []), ([other], [event, later]), ([later, other], [event]):
+        home, whole = make_home(history, name=f"h{len(history)}"), make_home([*live, *history], name=f"w{len(history)}")
+        build_view(whole, spec, until=moment(START + 20 * DAY))
+        store = FakeOnlineStore()
+        with stream_updater(home, [spec], store.push) as updater:
+            for row in live:
+                updater.absorb("feedback", to_table([row]))
+            updater.advance(moment(START + 19 * DAY))
+        expected = table_values(whole, spec, START + 19 * DAY)
+        if history != [event]:  # nobody has met user 1 there: what the tables hold of others is not looked at
+            assert online_values(store, spec) == {key: expected[key] for _, key in store.rows}
+    assert not caplog.records
+    with stream_updater(make_home(name="swapped"), [spec], FakeOnlineStore().push) as updater:
+        updater.absorb("feedback", to_table([later]))
+        updater.absorb("feedback", to_table([event]))
+    assert "counts for (2,) and was known before for (1,)" in caplog.text
+
+
+def test_lists_take_events_without_an_id_as_the_table_does(make_home):
+    spec = lists("day")
+    events = [{**e, "event_id": None if i % 3 else e["event_id"]} for i, e in enumerate(some_events(13))]
+    home = make_home(events)
+    build_view(home, spec, until=moment(START + 20 * DAY))
+    store = FakeOnlineStore()
+    with stream_updater(make_home(name="live"), [spec], store.push) as updater:
+        updater.absorb("feedback", to_table(events))
+        updater.advance(moment(START + 19 * DAY))
+    assert online_values(store, spec) == table_values(home, spec, START + 19 * DAY)
+
+
 def test_events_told_again_or_found_in_the_history_count_once(make_home):
     spec, events = everything("event"), some_events(3)
     home = make_home(events)
@@ -176,13 +263,33 @@ def test_a_segment_is_read_on_where_the_last_poll_stopped(tmp_path):
         log.close()
 
 
-def test_a_parquet_file_that_stays_unreadable_is_named(tmp_path):
-    (tmp_path / "torn.parquet").write_bytes(b"PAR1")
-    source = EventFolder(tmp_path)
-    for _ in range(4):
-        assert list(source.poll()) == []
-    with pytest.raises(DataError, match="torn"):
-        list(source.poll())
+def test_a_parquet_file_that_stays_unreadable_is_named_and_the_others_are_taken(make_home, tmp_path, monkeypatch):
+    monkeypatch.setattr("plait.aggregates.eventfolder.PATIENCE_S", 0.3)
+    folder = tmp_path / "arriving"
+    folder.mkdir()
+    pq.write_table(to_table(some_events(8)), folder / "a.parquet")
+    (folder / "torn.parquet").write_bytes(b"PAR1")
+    store, home = FakeOnlineStore(), make_home()
+    clock = Clock(moment(START + 5 * DAY) - datetime.now(UTC))
+    with stream_updater(home, [everything("event")], store.push) as updater:
+        steps = follow(updater, home, folder, clock=clock, poll_s=0.05)
+        assert next(steps).pushed == {"stats": 3}
+        with pytest.raises(DataError, match=r"torn\.parquet is not a readable parquet file"):
+            list(steps)
+
+
+def test_a_file_that_is_still_being_written_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("plait.aggregates.eventfolder.PATIENCE_S", 0.2)
+    pq.write_table(to_table(some_events(9)), tmp_path / "whole")
+    data = (tmp_path / "whole").read_bytes()
+    source, arriving = EventFolder(tmp_path), tmp_path / "slow.parquet"
+    for end in range(0, len(data), len(data) // 5):  # longer in all than anyone waits for one that does not grow
+        arriving.write_bytes(data[:end])
+        assert list(source.poll()) == [] and source.waiting
+        time.sleep(0.1)
+    arriving.write_bytes(data)
+    ((_, rows),) = source.poll()
+    assert rows.num_rows == len(some_events(9)) and not source.waiting
 
 
 def test_a_folder_that_is_not_there_is_an_error(tmp_path):

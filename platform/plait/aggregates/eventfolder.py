@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,14 +15,14 @@ from plait.eventlog import FEEDBACK, IMPRESSIONS
 from plait.eventlog.rolling import impression_rows
 from plait.eventlog.segments import CLOSED, OPEN, read_segment
 
-_PATIENCE = 5
+PATIENCE_S = 5.0
 
 
 class EventFolder:
     """Reads each file, or each further frame of a segment, once. `table`: the event table parquet files belong to.
 
-    A parquet file that cannot be read yet is tried again; after five polls it is an error. Segments may be rolled
-    away while they are read: their rows are then found in `rolled`, the event tables' folder.
+    A parquet file that cannot be read yet is tried again; once it has not grown for PATIENCE_S it is an error. Segments
+    may be rolled away while they are read: their rows are then found in `rolled`, the event tables' folder.
     """
 
     def __init__(self, folder: Path, *, table: str = "feedback", rolled: Path | None = None) -> None:
@@ -31,9 +32,16 @@ class EventFolder:
             )
         self.folder, self.table, self.rolled = folder, table, rolled
         self._read: set[str] = set()
-        self._failed: dict[str, int] = {}
+        self._failed: dict[
+            str, tuple[tuple[int, int], float]
+        ] = {}  # (size, time) of an unreadable file, and since when
         self._offsets: dict[str, int] = {}
         self._gone: set[str] = set()
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a file is there that cannot be read yet."""
+        return bool(self._failed)
 
     def poll(self) -> Iterator[tuple[str, pa.Table]]:
         """What has been added since the last poll: (event table, rows)."""
@@ -45,14 +53,24 @@ class EventFolder:
             if path.name in self._read or path.name.startswith((".", "_")):
                 continue
             try:
+                stat = path.stat()
+            except FileNotFoundError:  # taken away just now
+                self._failed.pop(path.name, None)
+                continue
+            try:
                 rows = pq.read_table(path)
             except (OSError, pa.ArrowInvalid) as error:
-                tries = self._failed[path.name] = self._failed.get(path.name, 0) + 1
-                if tries < _PATIENCE:
+                stamp = (stat.st_size, stat.st_mtime_ns)
+                before, since = self._failed.get(path.name, (None, 0.0))
+                if before != stamp:
+                    self._failed[path.name] = (stamp, time.monotonic())
+                    continue
+                if time.monotonic() - since < PATIENCE_S:
                     continue
                 raise DataError(
                     f"{path} is not a readable parquet file ({error}); remove it or write it again"
                 ) from error
+            self._failed.pop(path.name, None)
             self._read.add(path.name)
             if self.table in SCHEMAS:
                 rows = conform(rows, SCHEMAS[self.table], str(path))

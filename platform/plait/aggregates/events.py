@@ -57,6 +57,14 @@ def once(plan: Plan, raw: ir.Table) -> ir.Table:
     return ranked.filter((ranked["_rank"] == 0) | ranked[ids[0]].isnull()).drop("_rank")
 
 
+def event_id(plan: Plan, events: ir.Table) -> ir.StringValue:
+    """What all copies of an event share, as one text; null where the event has no id."""
+    first, *more = (events[name].cast("string") for name in plan.spec.events.id)
+    for part in more:
+        first = first + "\x1f" + part.fill_null("")
+    return first
+
+
 def copy_order(plan: Plan, raw: ir.Table) -> list[str]:
     """The columns in whose order the first copy of an event is the one that counts."""
     return ["_known", TIME, *(key for key in plan.spec.keys if key in raw.columns)]
@@ -93,7 +101,7 @@ def normalised(
     if period > 1:
         known = known + _modulo(-known, period)  # the first tile end at which it is known
     columns: dict[str, ir.Value] = {key: events[key] for key in spec.keys}
-    columns[ID] = events[spec.events.id[0]].cast("string")
+    columns[ID] = event_id(plan, events)
     columns |= {TIME: events[TIME], FULL: full, ENTER: ibis.greatest(full, known)}
     for i, measure in enumerate(plan.measures):
         columns[f"_m{i}"] = _measure(measure, events)

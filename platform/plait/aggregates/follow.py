@@ -43,14 +43,15 @@ def follow(
     once: bool = True,
     poll_s: float = 0.5,
 ) -> Iterator[Step]:
-    """Rounds over a folder of segments or parquet files; one if `once`, else until the caller stops.
+    """Rounds over a folder of segments or parquet files: `once` until all that is there is read, else without end.
 
+    A file still being written is waited for; one that stays unreadable is a DataError.
     A store that refuses rows ends a single round with StoreError; following, the rows are tried again.
     """
     source = EventFolder(folder, table=table, rolled=home.events)
     while True:
         yield _step(updater, list(source.poll()), clock, patient=not once)
-        if once:
+        if once and not source.waiting:
             return
         time.sleep(poll_s)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from bisect import insort
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from plait.aggregates.events import ENTER, FULL, ID, TIME
@@ -36,16 +36,21 @@ class KeyState:
         self._pending: list[tuple[int, int, int, Mapping[str, Any]]] = []
         self._n = 0
 
-    def add(self, event: Mapping[str, Any]) -> bool:
-        """Take a normalised event in; False if it was there already. Nothing changes before `advance`."""
-        if event[ID] is not None:
-            if event[ID] in self.ids:
+    def add(self, rows: Sequence[Mapping[str, Any]]) -> bool:
+        """Take the rows of one normalised event in; False if it was there already. Nothing changes before `advance`.
+
+        An event has several rows if an attribute of it is a list.
+        """
+        name = rows[0][ID]
+        if name is not None:
+            if name in self.ids:
                 return False
-            self.ids.add(event[ID])
-        self._push(event[ENTER], _ENTERS, event)
-        for i, length in enumerate(self.plan.spec.bounded_us):
-            if event[FULL] + length > event[ENTER]:
-                self._push(event[FULL] + length, i, event)
+            self.ids.add(name)
+        for row in rows:
+            self._push(row[ENTER], _ENTERS, row)
+            for i, length in enumerate(self.plan.spec.bounded_us):
+                if row[FULL] + length > row[ENTER]:
+                    self._push(row[FULL] + length, i, row)
         return True
 
     def _push(self, at: int, what: int, event: Mapping[str, Any]) -> None:
@@ -81,8 +86,10 @@ class KeyState:
                 ever = self._ever[i]
                 self._ever[i] = value if ever is None else (min if extreme.op == "least" else max)(ever, value)
         if self._longest:
-            entry = (event[ENTER], event[TIME], event[ID], *(event[f"_l{i}"] for i in range(len(self.plan.lists))))
-            insort(self._list, entry)
+            name = event[ID]
+            # As the engines have it, an event without an id comes after those that have one.
+            place = (event[ENTER], event[TIME], name is None, name or "")
+            insort(self._list, (*place, *(event[f"_l{i}"] for i in range(len(self.plan.lists)))))
             del self._list[: -self._longest]
 
     def _change(self, event: Mapping[str, Any], window: int, sign: int) -> None:
@@ -98,7 +105,7 @@ class KeyState:
         """The feature columns now."""
         if self.plan.lists:
             return {
-                feature.name: [entry[3 + i] for entry in self._list[-feature.n :]]
+                feature.name: [entry[4 + i] for entry in self._list[-feature.n :]]
                 for i, feature in enumerate(self.plan.lists)
             }
         values = self.plan.features(self._read, _if_else, float)

@@ -4,20 +4,24 @@ New events are normalised by the batch's own expression, then move the running v
 for the first time brings its history along from the event tables. Rows that changed, by an event or because one left
 a window, are pushed through Feast with the event_timestamp that the feature table gives the same values.
 
-Nothing is kept on disk: a stream that starts again reads its folder again, and events count once by their ids.
+Nothing is kept on disk: a stream that starts again reads its folder again, and events count once by their ids. Of
+copies that name different keys the first to arrive counts, or of those in the event tables the one known first. Where
+another was known before, the tables say otherwise: that is logged; the next build and materialization put it right.
 """
 
 from __future__ import annotations
 
 import heapq
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+import ibis
 import pyarrow as pa
 
-from plait.aggregates.events import normalised, raw_events
+from plait.aggregates.events import ENTER, ID, TIME, normalised, raw_events
 from plait.aggregates.keystate import KeyState
 from plait.aggregates.plan import Plan
 from plait.aggregates.spec import AggregateSpec
@@ -29,6 +33,8 @@ if TYPE_CHECKING:
     from feast import FeatureStore
 
     from plait.settings import Home
+
+logger = logging.getLogger(__name__)
 
 TIMESTAMP = pa.timestamp("us", tz="UTC")
 # view, rows: keys, event_timestamp, created, features
@@ -94,6 +100,9 @@ class _ViewStream:
         self._n_timers = 0
         self._dirty: set[Key] = set()
         self._schema: pa.Schema | None = None
+        # Which keys are columns of the events, not attributes; and per event id what was counted: (enter, time, keys).
+        self._own_keys = [i for i, name in enumerate(plan.spec.keys) if name not in plan.spec.events.attributes]
+        self._owners: dict[str, tuple[int, int, Key]] = {}
 
     def absorb(self, events: pa.Table) -> int:
         arrived = self._normalised(self.engine.from_arrow(events))
@@ -102,13 +111,30 @@ class _ViewStream:
             self._remember(unknown)
         touched = set()
         n = 0
-        for key, event in arrived:
-            if self._keys[key].add(event):
+        for key, rows in arrived:
+            if self._owned(key, rows[0]) and self._keys[key].add(rows):
                 touched.add(key)
                 n += 1
         for key in touched | unknown:
             self._watch(key)
         return n
+
+    def _owned(self, key: Key, row: Mapping[str, Any]) -> bool:
+        """Whether this copy of an event is the one that counts: the first that was met."""
+        name = row[ID]
+        if name is None:
+            return True
+        owner = tuple(key[i] for i in self._own_keys)
+        counted = self._owners.setdefault(name, (row[ENTER], row[TIME], owner))
+        if counted[2] == owner:
+            return True
+        if (row[ENTER], row[TIME]) < counted[:2]:
+            logger.warning(
+                "%s: event %s counts for %s and was known before for %s; "
+                "`plait features build` and `feast materialize` put that right",
+                *(self.plan.spec.name, name, counted[2], owner),
+            )
+        return False
 
     def advance(self, now: int) -> int:
         while self._timers and self._timers[0][0] <= now:
@@ -118,7 +144,7 @@ class _ViewStream:
                 self._watch(key)
         if not self._dirty:
             return 0
-        rows = self._rows(sorted(self._dirty), now)
+        rows = self._rows(sorted(self._dirty))
         try:
             self._push(self.plan.spec.name, rows)
         except PlaitError:
@@ -145,27 +171,36 @@ class _ViewStream:
         folder = self.home.events / self.plan.spec.events.table
         if not any(folder.glob("**/*.parquet")):
             return
-        table = self.engine.read_parquet(folder)
-        direct = [i for i, name in enumerate(self.plan.spec.keys) if name in table.columns]
-        chosen = set(wanted)
-        for i in direct:
+        table = raw_events(self.engine, self.plan, self.engine.read_parquet(folder))
+        mine, chosen = table, set(wanted)
+        for i in self._own_keys:
             name = self.plan.spec.keys[i]
-            table = table.filter(table[name].isin(sorted({key[i] for key in chosen})))
-        for key, event in self._normalised(table):
-            if key in chosen:
-                self._keys[key].add(event)
+            mine = mine.filter(mine[name].isin(sorted({key[i] for key in chosen})))
+        ids = list(self.plan.spec.events.id)
+        if self._own_keys:  # with the copies that name other keys, of which one may be the one that counts
+            nameless = mine.filter(ibis.or_(*(mine[name].isnull() for name in ids)))
+            mine = ibis.union(table.semi_join(mine.select(*ids).distinct(), ids), nameless)
+        for key, rows in self._rows_of(mine):
+            if self._owned(key, rows[0]) and key in chosen:
+                self._keys[key].add(rows)
 
-    def _normalised(self, table: ir.Table) -> list[tuple[Key, Mapping[str, Any]]]:
-        raw = raw_events(self.engine, self.plan, table)
+    def _normalised(self, table: ir.Table) -> list[tuple[Key, list[Mapping[str, Any]]]]:
+        return self._rows_of(raw_events(self.engine, self.plan, table))
+
+    def _rows_of(self, raw: ir.Table) -> list[tuple[Key, list[Mapping[str, Any]]]]:
+        """Per event and key, the rows of it: more than one if an attribute of the event is a list."""
         attributes = {
             name: self.engine.read_parquet(self.home.events / name) for name in self.plan.spec.events.attribute_tables
         }
         rows = normalised(self.engine, self.plan, raw, attributes)
         if self._schema is None:
             self._schema = self._table_schema(rows)
-        names = self.plan.spec.keys
-        found = self.engine.to_arrow(rows).to_pylist()
-        return [(tuple(row[name] for name in names), row) for row in found]
+        found: dict[tuple[Key, Any], list[Mapping[str, Any]]] = {}
+        for i, row in enumerate(self.engine.to_arrow(rows).to_pylist()):
+            key = tuple(row[name] for name in self.plan.spec.keys)
+            event = i if row[ID] is None else row[ID]
+            found.setdefault((key, event), []).append(row)
+        return [(key, rows) for (key, _), rows in found.items()]
 
     def _table_schema(self, rows: ir.Table) -> pa.Schema:
         plain = rows.schema().to_pyarrow()
@@ -181,12 +216,12 @@ class _ViewStream:
                 fields.append((f"{feature.name}_{window}" if window else feature.name, kind))
         return pa.schema(fields)
 
-    def _rows(self, keys: Sequence[Key], now: int) -> pa.Table:
+    def _rows(self, keys: Sequence[Key]) -> pa.Table:
         assert self._schema is not None  # a key is dirty only after events were normalised
         rows = []
         for key in keys:
             state = self._keys[key]
-            # Known now: a late event changes the values of a moment already pushed, and the newer knowledge wins.
-            stamps = {"event_timestamp": state.at, "created": max(now, state.at or 0)}
+            # As in the feature table: where both tell of the same moment, the stores keep what was written last.
+            stamps = {"event_timestamp": state.at, "created": state.at}
             rows.append(dict(zip(self.plan.spec.keys, key, strict=True)) | stamps | state.values())
         return pa.Table.from_pylist(rows, schema=self._schema)
