@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ import pyarrow.parquet as pq
 
 from plait.data.convert import UNITS, Place, convert
 from plait.data.tables import SCHEMAS
+from plait.data.widening import WideningWriter, array_of
 from plait.errors import DataError, PlaitError, SettingsError, SpecError, UnknownNameError
-from plait.files import atomic_file
+from plait.files import folder_beside, put
 from plait.settings import Home
 
 FORMATS = ("parquet", "csv", "jsonl", "delta", "iceberg", "sql")
@@ -148,33 +149,29 @@ def import_table(home: Home, spec: ImportSpec, *, progress: Callable[[int], None
     """Write the source into events/<kind>/ as one file; importing the same source again replaces that file.
 
     Impressions without a request_id and feedback without an event_id get one from the source and the row's number.
-    `created` defaults to the row's own time. progress: called with the rows read so far. Raises DataError with the
-    file, the row and the column; the table is then as it was.
+    `created` defaults to the row's own time. Further attributes get the narrowest type that holds all their values.
+    progress: called with the rows read so far. Raises DataError with the file, the row and the column, StoreError if
+    the disk is full; the table is then as it was.
     """
     identity = hashlib.sha256(json.dumps([spec.source, spec.query, spec.table]).encode()).hexdigest()[:12]
     target = home.events / spec.kind / f"import-{identity}.parquet"
     rows = in_file = 0
     file = ""
-    with atomic_file(target) as aside:
-        writer: pq.ParquetWriter | None = None
-        try:
-            texts = _text_columns(spec)
-            for where, batch in _located(
-                spec.source, as_format=spec.format, query=spec.query, table=spec.table, texts=texts
-            ):
-                file, in_file = where, (in_file if where == file else 0)
-                place = Place(where, in_file)
-                table = shape(pa.Table.from_batches([batch]), spec, first_row=rows, identity=identity, place=place)
-                writer = writer or pq.ParquetWriter(aside, table.schema)
-                writer.write_table(_as_before(table, writer.schema, place))
-                rows += table.num_rows
-                in_file += table.num_rows
-                progress(rows)
-        finally:
-            if writer is not None:
-                writer.close()
-        if writer is None or rows == 0:
+    with folder_beside(target) as aside, closing(WideningWriter(aside)) as writer:
+        texts = _text_columns(spec)
+        for where, batch in _located(
+            spec.source, as_format=spec.format, query=spec.query, table=spec.table, texts=texts
+        ):
+            file, in_file = where, (in_file if where == file else 0)
+            place = Place(where, in_file)
+            table = shape(pa.Table.from_batches([batch]), spec, first_row=rows, identity=identity, place=place)
+            writer.write(table, place)
+            rows += table.num_rows
+            in_file += table.num_rows
+            progress(rows)
+        if rows == 0:
             raise DataError(f"{spec.source} holds no row; nothing was imported")
+        put(writer.finish(), target)
     return Imported(kind=spec.kind, path=target, rows=rows)
 
 
@@ -225,25 +222,6 @@ def shape(
     return pa.table({name: out[name] for name in ordered})
 
 
-def _as_before(table: pa.Table, schema: pa.Schema, place: Place) -> pa.Table:
-    """Further attributes of users and items in the types of the first batch."""
-    columns = []
-    for spec in schema:
-        if spec.name not in table.column_names:
-            columns.append(pa.nulls(table.num_rows, spec.type))
-            continue
-        try:
-            columns.append(table.column(spec.name).cast(spec.type))
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            raise DataError(
-                f"{place.row(0)} and after: column {spec.name!r} is {table.column(spec.name).type} here and "
-                f"{spec.type} in earlier rows: {error}"
-            ) from error
-    if extra := [name for name in table.column_names if name not in schema.names]:
-        raise DataError(f"{place.row(0)} and after: column {', '.join(extra)} does not exist in earlier rows")
-    return pa.Table.from_arrays(columns, schema=schema)
-
-
 def _text_columns(spec: ImportSpec) -> set[str]:
     """Source columns that no CSV reader should guess the type of: a guess from the first rows can fail on later ones.
 
@@ -263,15 +241,31 @@ def _csv(file: Path, texts: Collection[str]) -> Iterator[pa.RecordBatch]:
 
 def _json_lines(file: Path, texts: Collection[str]) -> Iterator[pa.RecordBatch]:
     """A block of lines at a time, each with types of its own: a field may be absent or null for as long as it likes."""
+    options = pjson.ParseOptions(explicit_schema=pa.schema([(name, pa.string()) for name in _not_only_times(file)]))
     before = 0
     with file.open("rb") as lines:
         while block := lines.readlines(_BLOCK_BYTES):
             if not all(map(bytes.isspace, block)):
                 try:
-                    yield from pjson.read_json(pa.BufferReader(b"".join(block))).to_batches()
+                    yield from pjson.read_json(pa.BufferReader(b"".join(block)), parse_options=options).to_batches()
                 except pa.ArrowInvalid as error:
                     raise DataError(f"{file}, {_bad_line(block, before) or error}") from error
             before += len(block)
+
+
+def _not_only_times(file: Path) -> set[str]:
+    """Fields whose texts are times in some blocks, which Arrow makes times of, and other words in others."""
+    kinds: dict[str, set[bool]] = {}
+    with file.open("rb") as lines:
+        block = lines.readlines(_BLOCK_BYTES)
+        while following := lines.readlines(_BLOCK_BYTES):  # a file of one block needs no look ahead
+            for each in (block, following) if not kinds else (following,):
+                with suppress(pa.ArrowInvalid):  # told, with its line, when its turn comes
+                    for field in pjson.read_json(pa.BufferReader(b"".join(each))).schema:
+                        if pa.types.is_timestamp(field.type) or pa.types.is_string(field.type):
+                            kinds.setdefault(field.name, set()).add(pa.types.is_timestamp(field.type))
+            block = following
+    return {name for name, kind in kinds.items() if len(kind) == 2}
 
 
 def _bad_line(block: Sequence[bytes], before: int) -> str | None:
@@ -361,13 +355,15 @@ def _sql(url: str, query: str | None, table: str | None) -> Iterator[pa.RecordBa
                 known = sa.inspect(connection).get_table_names()
                 if table not in known:
                     raise UnknownNameError("table", table, known, where=shown)
-                statement: Any = sa.select(sa.Table(table, sa.MetaData(), autoload_with=connection))
+                declared = sa.Table(table, sa.MetaData(), autoload_with=connection)
+                statement: Any = sa.select(declared)
+                types = {column.name: _arrow_type(column.type) for column in declared.columns}
             else:
-                statement = sa.text(str(query))
+                statement, types = sa.text(str(query)), {}
             result = connection.execution_options(stream_results=True).execute(statement)
             names = list(result.keys())
             for rows in result.partitions(BATCH_ROWS):
-                yield _batch(names, rows)
+                yield _batch(names, rows, types)
     except PlaitError:
         raise
     except (sa.exc.SQLAlchemyError, pa.ArrowException) as error:
@@ -387,9 +383,27 @@ _DRIVERS = {
 }
 
 
-def _batch(names: Sequence[str], rows: Sequence[Any]) -> pa.RecordBatch:
-    columns = list(zip(*rows, strict=True))
-    return pa.RecordBatch.from_arrays([pa.array(list(column)) for column in columns], names=list(names))
+def _arrow_type(declared: Any) -> pa.DataType | None:
+    """The type of a table's column; None where its values tell it better (UUIDs, enumerations, JSON, dates)."""
+    import sqlalchemy as sa
+
+    if isinstance(declared, sa.Boolean):
+        return pa.bool_()
+    if isinstance(declared, sa.Integer):
+        return pa.int64()
+    if isinstance(declared, sa.Float):
+        return pa.float64()
+    if isinstance(declared, sa.Numeric) and declared.asdecimal and 0 < (declared.precision or 0) <= 38:
+        return pa.decimal128(declared.precision, declared.scale or 0)
+    if isinstance(declared, sa.DateTime):
+        return pa.timestamp("us", tz="UTC" if declared.timezone else None)
+    return pa.string() if isinstance(declared, sa.String) and not isinstance(declared, sa.Enum) else None
+
+
+def _batch(names: Sequence[str], rows: Sequence[Any], types: Mapping[str, pa.DataType | None]) -> pa.RecordBatch:
+    columns = zip(names, zip(*rows, strict=True), strict=True)
+    arrays = [array_of(name, list(column), types.get(name)) for name, column in columns]
+    return pa.RecordBatch.from_arrays(arrays, names=list(names))
 
 
 @contextmanager
