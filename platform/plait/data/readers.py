@@ -6,22 +6,35 @@ table, and writes one parquet file that takes the place of an earlier import of 
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pcsv
-import pyarrow.dataset as pads
 import pyarrow.json as pjson
 import pyarrow.parquet as pq
 
 from plait.data.convert import UNITS, Place, convert
+from plait.data.lakes import (
+    ALLOWED,
+    CATALOG,
+    LAKES,
+    OBJECT_STORES,
+    delta_batches,
+    iceberg_batches,
+    local_path,
+    scheme_of,
+    without_secrets,
+)
 from plait.data.tables import SCHEMAS
 from plait.data.widening import WideningWriter, array_of
 from plait.errors import DataError, PlaitError, SettingsError, SpecError, UnknownNameError
@@ -45,9 +58,10 @@ _OPEN = ("users", "items")  # these may have any further attribute
 class ImportSpec:
     """How a source becomes rows of an event table.
 
-    source: a path, a folder of parts, or an SQLAlchemy URL. columns: event column -> source column; others keep their
-    name. constants: event column -> value for every row (scene, type, …). unit: of timestamps that are numbers.
-    query: SQL to run, or `table` to read whole, for databases.
+    source: a path, a folder of parts, a table's address in an object store, iceberg://CATALOG/NAMESPACE.TABLE, or an
+    SQLAlchemy URL. columns: event column -> source column; others keep their name. constants: event column -> value
+    for every row (scene, type, …). unit: of timestamps that are numbers. query: SQL to run, or `table` to read whole,
+    for databases. options: deltalake's storage options, or properties of pyiceberg's catalog or FileIO; never shown.
     """
 
     kind: str
@@ -58,6 +72,7 @@ class ImportSpec:
     unit: str = "s"
     query: str | None = None
     table: str | None = None
+    options: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if self.kind not in SCHEMAS:
@@ -88,16 +103,22 @@ def detect_format(source: str) -> str:
     >>> detect_format("postgresql://db/events")
     'sql'
     """
-    if "://" in source:
+    scheme = scheme_of(source)
+    if scheme == CATALOG or (scheme in OBJECT_STORES and source.endswith(".metadata.json")):
+        return "iceberg"
+    if scheme in OBJECT_STORES:
+        shown = without_secrets(source, {})
+        raise DataError(f"{shown} tells no format; say which kind of table it is (--format delta or iceberg)")
+    if scheme not in ("", "file"):
         return "sql"
-    path = Path(source)
+    path = local_path(source, "table") or Path()
     if (path / "_delta_log").is_dir():
         return "delta"
-    if (path / "metadata").is_dir() or source.endswith(".metadata.json"):
+    if (path / "metadata").is_dir() or path.name.endswith(".metadata.json"):
         return "iceberg"
-    suffixes = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl"}
-    files = [path] if path.is_file() else sorted(file for file in path.glob("**/*") if file.suffix in suffixes)
-    found = {suffixes[file.suffix] for file in files if file.suffix in suffixes}
+    found = {known for known, (_, suffixes) in _FILES.items() if _files(path, suffixes)}
+    if len(found) > 1 and path.is_dir():  # a .json beside files of another format is a note about them
+        found = {known for known in found if known != "jsonl" or _files(path, _LINES)}
     if len(found) == 1:
         return found.pop()
     what = "does not exist" if not path.exists() else f"holds {', '.join(sorted(found)) or 'none of the known formats'}"
@@ -105,44 +126,66 @@ def detect_format(source: str) -> str:
 
 
 def open_source(
-    source: str, *, as_format: str | None = None, query: str | None = None, table: str | None = None
+    source: str,
+    *,
+    as_format: str | None = None,
+    query: str | None = None,
+    table: str | None = None,
+    options: Mapping[str, str] | None = None,
 ) -> Iterator[pa.RecordBatch]:
     """Batches of a source, in its own columns and types, without holding it whole.
 
     Raises DataError for a source that is missing or corrupt (with the line or file, as the reader knows it),
-    UnknownNameError for an unknown format or SQL table, SettingsError if the format's library is not installed.
+    UnknownNameError for an unknown format or SQL table, SettingsError for a scheme that is unknown or if the format's
+    library is not installed.
     """
-    for _, batch in _located(source, as_format=as_format, query=query, table=table, texts=()):
+    for _, batch in _located(source, as_format=as_format, query=query, table=table, options=options or {}, texts=()):
         yield batch
 
 
 def _located(
-    source: str, *, as_format: str | None, query: str | None, table: str | None, texts: Collection[str]
+    source: str,
+    *,
+    as_format: str | None,
+    query: str | None,
+    table: str | None,
+    options: Mapping[str, str],
+    texts: Collection[str],
 ) -> Iterator[tuple[str, pa.RecordBatch]]:
     """The same, each batch with the file (or table) it is from. texts: columns of CSV files to leave as text."""
     known = as_format or detect_format(source)
     if known not in FORMATS:
         raise UnknownNameError("format", known, FORMATS)
+    if options and known not in LAKES:
+        raise SpecError(f"options ({', '.join(options)}) are for {' and '.join(LAKES)} tables; {known} takes none")
     if known == "sql":
         for batch in _sql(source, query, table):
             yield "query" if query else f"table {table}", batch
         return
-    if not Path(source).exists():
+    path = local_path(source, known)
+    if path is not None and not path.exists():
         raise DataError(f"{source} does not exist; give the path of a {known} file or table")
-    path = Path(source)
-    with _plain_errors(source, known):
-        if known in _FILES:
-            read, suffixes = _FILES[known]
-            files = sorted(each for each in path.rglob("*") if each.suffix in suffixes) if path.is_dir() else [path]
-            if not files:
-                raise DataError(f"no {known} file ({', '.join(suffixes)}) in {path}")
-            for file in files:
-                with _plain_errors(str(file), known):
-                    for batch in read(file, texts):
-                        yield str(file), batch
-        else:
-            for batch in (_delta if known == "delta" else _iceberg)(path):
-                yield source, batch
+    shown = without_secrets(source, options)
+    with _plain_errors(shown, known, options):
+        if path is None or known in LAKES:
+            for batch in (delta_batches if known == "delta" else iceberg_batches)(source, options, BATCH_ROWS):
+                yield shown, batch
+            return
+        read, suffixes = _FILES[known]
+        files = _files(path, suffixes) if path.is_dir() else [path]
+        if not files:
+            raise DataError(f"no {known} file ({', '.join(suffixes)}) in {path}")
+        for file in files:
+            with _plain_errors(str(file), known):
+                for batch in read(file, texts):
+                    yield str(file), batch
+
+
+def _files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """The file, or the folder's files, with one of these suffixes; in a folder .json counts if nothing else does."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.is_file() else []
+    files = [file for file in files if file.name.endswith(suffixes)]
+    return [file for file in files if not file.name.endswith(_JSON)] or files
 
 
 def import_table(home: Home, spec: ImportSpec, *, progress: Callable[[int], None] = lambda rows: None) -> Imported:
@@ -160,7 +203,12 @@ def import_table(home: Home, spec: ImportSpec, *, progress: Callable[[int], None
     with folder_beside(target) as aside, closing(WideningWriter(aside)) as writer:
         texts = _text_columns(spec)
         for where, batch in _located(
-            spec.source, as_format=spec.format, query=spec.query, table=spec.table, texts=texts
+            spec.source,
+            as_format=spec.format,
+            query=spec.query,
+            table=spec.table,
+            options=spec.options,
+            texts=texts,
         ):
             file, in_file = where, (in_file if where == file else 0)
             place = Place(where, in_file)
@@ -170,7 +218,7 @@ def import_table(home: Home, spec: ImportSpec, *, progress: Callable[[int], None
             in_file += table.num_rows
             progress(rows)
         if rows == 0:
-            raise DataError(f"{spec.source} holds no row; nothing was imported")
+            raise DataError(f"{without_secrets(spec.source, spec.options)} holds no row; nothing was imported")
         put(writer.finish(), target)
     return Imported(kind=spec.kind, path=target, rows=rows)
 
@@ -231,7 +279,7 @@ def _text_columns(spec: ImportSpec) -> set[str]:
 
 
 def _csv(file: Path, texts: Collection[str]) -> Iterator[pa.RecordBatch]:
-    delimiter = "\t" if file.suffix == ".tsv" else ","
+    delimiter = "\t" if ".tsv" in file.suffixes else ","
     yield from pcsv.open_csv(
         file,
         parse_options=pcsv.ParseOptions(delimiter=delimiter),
@@ -243,7 +291,7 @@ def _json_lines(file: Path, texts: Collection[str]) -> Iterator[pa.RecordBatch]:
     """A block of lines at a time, each with types of its own: a field may be absent or null for as long as it likes."""
     options = pjson.ParseOptions(explicit_schema=pa.schema([(name, pa.string()) for name in _not_only_times(file)]))
     before = 0
-    with file.open("rb") as lines:
+    with _opened(file) as lines:
         while block := lines.readlines(_BLOCK_BYTES):
             if not all(map(bytes.isspace, block)):
                 try:
@@ -253,10 +301,14 @@ def _json_lines(file: Path, texts: Collection[str]) -> Iterator[pa.RecordBatch]:
             before += len(block)
 
 
+def _opened(file: Path) -> BufferedReader | gzip.GzipFile:
+    return gzip.open(file) if file.suffix == ".gz" else file.open("rb")
+
+
 def _not_only_times(file: Path) -> set[str]:
     """Fields whose texts are times in some blocks, which Arrow makes times of, and other words in others."""
     kinds: dict[str, set[bool]] = {}
-    with file.open("rb") as lines:
+    with _opened(file) as lines:
         block = lines.readlines(_BLOCK_BYTES)
         while following := lines.readlines(_BLOCK_BYTES):  # a file of one block needs no look ahead
             for each in (block, following) if not kinds else (following,):
@@ -293,45 +345,18 @@ def _parquet(file: Path, texts: Collection[str]) -> Iterator[pa.RecordBatch]:
 
 
 _BLOCK_BYTES = 8 << 20
+_JSON = (".json", ".json.gz")
+_LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 _FILES: dict[str, tuple[Callable[[Path, Collection[str]], Iterator[pa.RecordBatch]], tuple[str, ...]]] = {
     "parquet": (_parquet, (".parquet",)),
-    "csv": (_csv, (".csv", ".tsv")),
-    "jsonl": (_json_lines, (".jsonl", ".ndjson")),
+    "csv": (_csv, (".csv", ".tsv", ".csv.gz", ".tsv.gz")),
+    "jsonl": (_json_lines, (*_LINES, *_JSON)),
 }
-
-
-def _delta(path: Path) -> Iterator[pa.RecordBatch]:
-    try:
-        from deltalake import DeltaTable
-    except ImportError as error:
-        raise SettingsError(
-            "reading Delta tables needs deltalake; install it with `pip install plait[lakes]`"
-        ) from error
-    # Only files of the table's present version: those it has removed still lie in the folder.
-    dataset: pads.Dataset = DeltaTable(str(path)).to_pyarrow_dataset()
-    yield from dataset.to_batches(batch_size=BATCH_ROWS)
-
-
-def _iceberg(path: Path) -> Iterator[pa.RecordBatch]:
-    try:
-        from pyiceberg.table import StaticTable
-    except ImportError as error:
-        raise SettingsError(
-            "reading Iceberg tables needs pyiceberg; install it with `pip install plait[lakes]`"
-        ) from error
-    if path.is_dir():
-        versions = sorted((path / "metadata").glob("*.metadata.json"))
-        if not versions:
-            raise DataError(f"{path} has no metadata/*.metadata.json; it is no Iceberg table")
-        path = max(versions, key=lambda file: json.loads(file.read_text()).get("last-updated-ms", 0))
-    yield from StaticTable.from_metadata(str(path)).scan().to_arrow_batch_reader()
 
 
 def _sql(url: str, query: str | None, table: str | None) -> Iterator[pa.RecordBatch]:
     import sqlalchemy as sa
 
-    if bool(query) == bool(table):
-        raise SpecError("reading a database needs either a query or the name of a table")
     try:
         address = sa.make_url(url)
         if address.drivername == "postgresql":  # SQLAlchemy's default driver is the one before it
@@ -345,9 +370,11 @@ def _sql(url: str, query: str | None, table: str | None) -> Iterator[pa.RecordBa
         ) from error
     except sa.exc.ArgumentError as error:  # of an unknown dialect too
         raise SettingsError(
-            f"cannot open the database: {error}; give an SQLAlchemy URL, such as postgresql+psycopg://user@host/db, "
-            "and install its dialect's package"
+            f"cannot open {without_secrets(url, {})} as a database: {without_secrets(str(error), {})}; "
+            f"a source is {ALLOWED}"
         ) from error
+    if bool(query) == bool(table):
+        raise SpecError("reading a database needs either a query or the name of a table")
     shown = address.render_as_string(hide_password=True)
     try:
         with engine.connect() as connection:
@@ -407,10 +434,13 @@ def _batch(names: Sequence[str], rows: Sequence[Any], types: Mapping[str, pa.Dat
 
 
 @contextmanager
-def _plain_errors(source: str, known: str) -> Iterator[None]:
+def _plain_errors(source: str, known: str, options: Mapping[str, str] | None = None) -> Iterator[None]:
     try:
         yield
     except PlaitError:
         raise
     except Exception as error:  # each library has its own tree of errors, and all of them mean the same here
-        raise DataError(f"{source} cannot be read as {known}: {error}") from error
+        told = without_secrets(str(error), options or {})
+        cause = error if told == str(error) else None  # whose traceback would show what `told` does not
+        line = " ".join(re.sub(r"\x1b\[[\d;]*m|↳", "", told).split())
+        raise DataError(f"{source} cannot be read as {known}: {line}") from cause
