@@ -1,7 +1,8 @@
-"""Types that only later rows show: nothing valid is refused, nothing is rounded, and a real conflict is named."""
+"""Types that only later rows show: nothing valid is refused, and a real conflict is named."""
 
 from __future__ import annotations
 
+import gzip
 import json
 import sqlite3
 from decimal import Decimal
@@ -99,6 +100,40 @@ def test_words_among_times_leave_all_of_them_as_they_were_written(home: Home, tm
     texts[word_at] = "unknown"
     source = lines(tmp_path, [{"x": text} for text in texts])
     assert column(home, ImportSpec(kind="users", source=source)).to_pylist() == texts
+
+
+@pytest.mark.parametrize(
+    ("texts", "wanted"),
+    [
+        ([""] * 11 + ["gold"], [""] * 11 + ["gold"]),
+        (["gold"] + [""] * 11, ["gold"] + [""] * 11),
+        ([""] * 8 + ["1"] * 2 + ["2.5"] * 2, [None] * 8 + [1.0] * 2 + [2.5] * 2),
+        (["3"] * 8 + ["2.5"] * 4, [3.0] * 8 + [2.5] * 4),
+        (["007"] * 8 + ["7b"] * 4, ["007"] * 8 + ["7b"] * 4),  # as in one block: what is not all numbers is text
+        (["true"] * 8 + [""] * 4, [True] * 8 + [None] * 4),
+        (["2024-05-01"] * 8 + ["unknown"] * 4, ["2024-05-01"] * 8 + ["unknown"] * 4),
+        (['"a ""b"", c"'] * 12, ['a "b", c'] * 12),
+        ([""] * 12, [None] * 12),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".csv", ".csv.gz"])
+def test_a_column_of_csv_is_what_all_of_its_blocks_can_be(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, texts: list[str], wanted: list
+) -> None:
+    monkeypatch.setattr("plait.data.readers._CSV_BLOCK_BYTES", 120)
+    text = "user_id,event_timestamp,x\n" + "".join(f"{i},{SINCE},{value}\n" for i, value in enumerate(texts))
+    path = tmp_path / f"people{suffix}"
+    path.write_bytes(gzip.compress(text.encode()) if suffix == ".csv.gz" else text.encode())
+    assert column(home, ImportSpec(kind="users", source=str(path))).to_pylist() == wanted
+
+
+def test_a_column_of_csv_that_the_event_table_does_not_take_may_hold_anything(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("plait.data.readers._CSV_BLOCK_BYTES", 60)
+    rows = "".join(f"{i},{i},5,{'' if i < 9 else 'note'}\n" for i in range(N))
+    (tmp_path / "e.csv").write_text("user_id,item_id,timestamp,remark\n" + rows)
+    assert import_table(home, ImportSpec(kind="impressions", source=str(tmp_path / "e.csv"))).rows == N
 
 
 def test_parts_of_a_folder_may_have_columns_and_types_of_their_own(home: Home, tmp_path: Path) -> None:

@@ -279,12 +279,54 @@ def _text_columns(spec: ImportSpec) -> set[str]:
 
 
 def _csv(file: Path, texts: Collection[str]) -> Iterator[pa.RecordBatch]:
-    delimiter = "\t" if ".tsv" in file.suffixes else ","
-    yield from pcsv.open_csv(
+    names = dict.fromkeys(_opened_csv(file).schema.names)
+    further = [name for name in names if name not in texts]
+    types = _types_of_all_blocks(file, further) if further else {}
+    yield from _opened_csv(file, column_types={**types, **dict.fromkeys(texts, pa.string())})
+
+
+def _opened_csv(file: Path, **convert: Any) -> pcsv.CSVStreamingReader:
+    return pcsv.open_csv(
         file,
-        parse_options=pcsv.ParseOptions(delimiter=delimiter),
-        convert_options=pcsv.ConvertOptions(column_types=dict.fromkeys(texts, pa.string())),
+        read_options=pcsv.ReadOptions(block_size=_CSV_BLOCK_BYTES),
+        parse_options=pcsv.ParseOptions(delimiter="\t" if ".tsv" in file.suffixes else ","),
+        convert_options=pcsv.ConvertOptions(**convert),
     )
+
+
+def _types_of_all_blocks(file: Path, names: Sequence[str]) -> dict[str, pa.DataType]:
+    """What each column can be in every block of a CSV file: Arrow would take its type from the first one.
+
+    Nothing for a file of one block, which needs no look ahead.
+    """
+    types: dict[str, pa.DataType] = {}
+    blocks = _opened_csv(file, include_columns=list(names), column_types=dict.fromkeys(names, pa.string()))
+    count = 0
+    for block in blocks:
+        count += 1
+        for name in names:
+            if types.get(name) != pa.string():
+                types[name] = _common(types.get(name, pa.null()), _type_of_texts(block.column(name)))
+    return types if count > 1 else {}
+
+
+def _type_of_texts(texts: pa.Array) -> pa.DataType:
+    """The type that Arrow would give to a CSV file's column of these texts."""
+    written = pa.BufferOutputStream()
+    pcsv.write_csv(pa.table({"x": texts.unique()}), written)
+    try:
+        return pcsv.read_csv(pa.BufferReader(written.getvalue())).schema.field("x").type
+    except pa.ArrowInvalid:
+        return pa.string()
+
+
+def _common(one: pa.DataType, other: pa.DataType) -> pa.DataType:
+    """The type of both, or text."""
+    try:
+        schemas = [pa.schema([("x", each)]) for each in (one, other)]
+        return pa.unify_schemas(schemas, promote_options="permissive").field("x").type
+    except pa.ArrowTypeError:
+        return pa.string()
 
 
 def _json_lines(file: Path, texts: Collection[str]) -> Iterator[pa.RecordBatch]:
@@ -345,6 +387,7 @@ def _parquet(file: Path, texts: Collection[str]) -> Iterator[pa.RecordBatch]:
 
 
 _BLOCK_BYTES = 8 << 20
+_CSV_BLOCK_BYTES = 1 << 20
 _JSON = (".json", ".json.gz")
 _LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 _FILES: dict[str, tuple[Callable[[Path, Collection[str]], Iterator[pa.RecordBatch]], tuple[str, ...]]] = {
