@@ -44,10 +44,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     try:
         with full_disk_told(path):
             yield aside
-            with aside.open("rb+") as file:
-                os.fsync(file.fileno())
-            aside.replace(path)
-            fsync_folder(path.parent)
+            put(aside, path)
     finally:
         aside.unlink(missing_ok=True)
 
@@ -75,6 +72,31 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     finally:
         os.close(claim)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def folder_beside(path: Path) -> Iterator[Path]:
+    """An empty folder for what becomes the file `path`, which the caller puts in its place with `put`; gone afterwards.
+
+    What killed writers of `path` left beside it is removed. Raises StoreError if the disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_orphans(path)
+    aside, claim = _claimed_aside(path)
+    try:
+        with full_disk_told(path):
+            yield aside
+    finally:
+        os.close(claim)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def put(file: Path, path: Path) -> None:
+    """Make `file`, which lies on the same disk, `path`, durably and in one step."""
+    with file.open("rb+") as handle:
+        os.fsync(handle.fileno())
+    file.replace(path)
+    fsync_folder(path.parent)
 
 
 @contextmanager

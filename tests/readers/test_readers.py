@@ -418,7 +418,7 @@ def test_a_driver_that_is_not_installed_is_named_with_what_to_install(monkeypatc
     monkeypatch.setitem(sys.modules, "psycopg", None)
     with pytest.raises(SettingsError, match=r"needs the package 'psycopg'.*`pip install plait\[postgres\]`"):
         list(open_source("postgresql+psycopg://host/db", table="events"))
-    with pytest.raises(SettingsError, match=r"nodb.*give an SQLAlchemy URL"):
+    with pytest.raises(SettingsError, match=r"nodb.*a source is a path.*s3://.*iceberg://.*SQLAlchemy URL"):
         list(open_source("nodb://host/db", table="events"))
 
 

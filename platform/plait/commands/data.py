@@ -96,6 +96,14 @@ def prepare(
 @click.option("--unit", default="s", show_default=True, help="Of timestamps that are numbers: s, ms or us.")
 @click.option("--query", help="Databases: SQL to run.")
 @click.option("--table", "source_table", help="Databases: the table to read whole.")
+@click.option(
+    "--option",
+    "options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Delta: a storage option of deltalake; Iceberg: a property of pyiceberg's catalog or FileIO. Repeat for "
+    "several; better leave secrets to the environment.",
+)
 def import_(
     table: str,
     source: str,
@@ -105,13 +113,23 @@ def import_(
     unit: str,
     query: str | None,
     source_table: str | None,
+    options: tuple[str, ...],
 ) -> None:
-    """Read your own events from SOURCE (a path, a folder, or a database's SQLAlchemy URL) into an event TABLE.
+    """Read your own events from SOURCE into an event TABLE.
+
+    \b
+    SOURCE is one of
+      a file or a folder of parts         .parquet, .csv, .tsv, .jsonl, .ndjson, .json (lines); text also with .gz
+      a Delta or Iceberg table            a folder, or s3://, gs://, az://, abfss:// with --format
+      iceberg://CATALOG/NAMESPACE.TABLE   a table of a catalog in pyiceberg's configuration
+      a database's SQLAlchemy URL         with --table or --query
 
     \b
     plait data import impressions shown.parquet
     plait data import feedback clicks.csv --column item_id=sku --constant type=click --unit ms
     plait data import items sqlite:///shop.db --table products --column item_id=id
+    plait data import feedback s3://lake/clicks --format delta --option AWS_REGION=eu-west-1
+    plait data import items iceberg://prod/shop.items --column item_id=id
 
     \b
     Columns that SOURCE must have, unless --column or --constant gives them; others of the event table may be there:
@@ -136,6 +154,7 @@ def import_(
         unit=unit,
         query=query,
         table=source_table,
+        options=_pairs(options, "--option", shown=False),
     )
     with progress_bar(f"import {table}", unit=" rows", scale=True) as progress:
         # No reader knows how many rows will come before it has read them.
@@ -143,12 +162,13 @@ def import_(
     click.echo(f"{done.kind}: {done.rows:,} rows in {done.path}")
 
 
-def _pairs(texts: tuple[str, ...], option: str) -> dict[str, str]:
+def _pairs(texts: tuple[str, ...], option: str, *, shown: bool = True) -> dict[str, str]:
+    """shown: whether an error may repeat the text, which is no secret."""
     pairs = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not name or not value:
-            raise SpecError(f"{option} {text!r}: write NAME=VALUE")
+            raise SpecError(f"{option} {text!r}: write NAME=VALUE" if shown else f"{option}: write KEY=VALUE")
         pairs[name] = value
     return pairs
 

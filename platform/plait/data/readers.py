@@ -6,25 +6,39 @@ table, and writes one parquet file that takes the place of an earlier import of 
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pcsv
-import pyarrow.dataset as pads
 import pyarrow.json as pjson
 import pyarrow.parquet as pq
 
 from plait.data.convert import UNITS, Place, convert
+from plait.data.lakes import (
+    ALLOWED,
+    CATALOG,
+    LAKES,
+    OBJECT_STORES,
+    delta_batches,
+    iceberg_batches,
+    local_path,
+    scheme_of,
+    without_secrets,
+)
 from plait.data.tables import SCHEMAS
+from plait.data.widening import WideningWriter, array_of
 from plait.errors import DataError, PlaitError, SettingsError, SpecError, UnknownNameError
-from plait.files import atomic_file
+from plait.files import folder_beside, put
 from plait.settings import Home
 
 FORMATS = ("parquet", "csv", "jsonl", "delta", "iceberg", "sql")
@@ -44,9 +58,10 @@ _OPEN = ("users", "items")  # these may have any further attribute
 class ImportSpec:
     """How a source becomes rows of an event table.
 
-    source: a path, a folder of parts, or an SQLAlchemy URL. columns: event column -> source column; others keep their
-    name. constants: event column -> value for every row (scene, type, …). unit: of timestamps that are numbers.
-    query: SQL to run, or `table` to read whole, for databases.
+    source: a path, a folder of parts, a table's address in an object store, iceberg://CATALOG/NAMESPACE.TABLE, or an
+    SQLAlchemy URL. columns: event column -> source column; others keep their name. constants: event column -> value
+    for every row (scene, type, …). unit: of timestamps that are numbers. query: SQL to run, or `table` to read whole,
+    for databases. options: deltalake's storage options, or properties of pyiceberg's catalog or FileIO; never shown.
     """
 
     kind: str
@@ -57,6 +72,7 @@ class ImportSpec:
     unit: str = "s"
     query: str | None = None
     table: str | None = None
+    options: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if self.kind not in SCHEMAS:
@@ -87,16 +103,22 @@ def detect_format(source: str) -> str:
     >>> detect_format("postgresql://db/events")
     'sql'
     """
-    if "://" in source:
+    scheme = scheme_of(source)
+    if scheme == CATALOG or (scheme in OBJECT_STORES and source.endswith(".metadata.json")):
+        return "iceberg"
+    if scheme in OBJECT_STORES:
+        shown = without_secrets(source, {})
+        raise DataError(f"{shown} tells no format; say which kind of table it is (--format delta or iceberg)")
+    if scheme not in ("", "file"):
         return "sql"
-    path = Path(source)
+    path = local_path(source, "table") or Path()
     if (path / "_delta_log").is_dir():
         return "delta"
-    if (path / "metadata").is_dir() or source.endswith(".metadata.json"):
+    if (path / "metadata").is_dir() or path.name.endswith(".metadata.json"):
         return "iceberg"
-    suffixes = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl"}
-    files = [path] if path.is_file() else sorted(file for file in path.glob("**/*") if file.suffix in suffixes)
-    found = {suffixes[file.suffix] for file in files if file.suffix in suffixes}
+    found = {known for known, (_, suffixes) in _FILES.items() if _files(path, suffixes)}
+    if len(found) > 1 and path.is_dir():  # a .json beside files of another format is a note about them
+        found = {known for known in found if known != "jsonl" or _files(path, _LINES)}
     if len(found) == 1:
         return found.pop()
     what = "does not exist" if not path.exists() else f"holds {', '.join(sorted(found)) or 'none of the known formats'}"
@@ -104,77 +126,100 @@ def detect_format(source: str) -> str:
 
 
 def open_source(
-    source: str, *, as_format: str | None = None, query: str | None = None, table: str | None = None
+    source: str,
+    *,
+    as_format: str | None = None,
+    query: str | None = None,
+    table: str | None = None,
+    options: Mapping[str, str] | None = None,
 ) -> Iterator[pa.RecordBatch]:
     """Batches of a source, in its own columns and types, without holding it whole.
 
     Raises DataError for a source that is missing or corrupt (with the line or file, as the reader knows it),
-    UnknownNameError for an unknown format or SQL table, SettingsError if the format's library is not installed.
+    UnknownNameError for an unknown format or SQL table, SettingsError for a scheme that is unknown or if the format's
+    library is not installed.
     """
-    for _, batch in _located(source, as_format=as_format, query=query, table=table, texts=()):
+    for _, batch in _located(source, as_format=as_format, query=query, table=table, options=options or {}, texts=()):
         yield batch
 
 
 def _located(
-    source: str, *, as_format: str | None, query: str | None, table: str | None, texts: Collection[str]
+    source: str,
+    *,
+    as_format: str | None,
+    query: str | None,
+    table: str | None,
+    options: Mapping[str, str],
+    texts: Collection[str],
 ) -> Iterator[tuple[str, pa.RecordBatch]]:
     """The same, each batch with the file (or table) it is from. texts: columns of CSV files to leave as text."""
     known = as_format or detect_format(source)
     if known not in FORMATS:
         raise UnknownNameError("format", known, FORMATS)
+    if options and known not in LAKES:
+        raise SpecError(f"options ({', '.join(options)}) are for {' and '.join(LAKES)} tables; {known} takes none")
     if known == "sql":
         for batch in _sql(source, query, table):
             yield "query" if query else f"table {table}", batch
         return
-    if not Path(source).exists():
+    path = local_path(source, known)
+    if path is not None and not path.exists():
         raise DataError(f"{source} does not exist; give the path of a {known} file or table")
-    path = Path(source)
-    with _plain_errors(source, known):
-        if known in _FILES:
-            read, suffixes = _FILES[known]
-            files = sorted(each for each in path.rglob("*") if each.suffix in suffixes) if path.is_dir() else [path]
-            if not files:
-                raise DataError(f"no {known} file ({', '.join(suffixes)}) in {path}")
-            for file in files:
-                with _plain_errors(str(file), known):
-                    for batch in read(file, texts):
-                        yield str(file), batch
-        else:
-            for batch in (_delta if known == "delta" else _iceberg)(path):
-                yield source, batch
+    shown = without_secrets(source, options)
+    with _plain_errors(shown, known, options):
+        if path is None or known in LAKES:
+            for batch in (delta_batches if known == "delta" else iceberg_batches)(source, options, BATCH_ROWS):
+                yield shown, batch
+            return
+        read, suffixes = _FILES[known]
+        files = _files(path, suffixes) if path.is_dir() else [path]
+        if not files:
+            raise DataError(f"no {known} file ({', '.join(suffixes)}) in {path}")
+        for file in files:
+            with _plain_errors(str(file), known):
+                for batch in read(file, texts):
+                    yield str(file), batch
+
+
+def _files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """The file, or the folder's files, with one of these suffixes; in a folder .json counts if nothing else does."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.is_file() else []
+    files = [file for file in files if file.name.endswith(suffixes)]
+    return [file for file in files if not file.name.endswith(_JSON)] or files
 
 
 def import_table(home: Home, spec: ImportSpec, *, progress: Callable[[int], None] = lambda rows: None) -> Imported:
     """Write the source into events/<kind>/ as one file; importing the same source again replaces that file.
 
     Impressions without a request_id and feedback without an event_id get one from the source and the row's number.
-    `created` defaults to the row's own time. progress: called with the rows read so far. Raises DataError with the
-    file, the row and the column; the table is then as it was.
+    `created` defaults to the row's own time. Further attributes get the narrowest type that holds all their values.
+    progress: called with the rows read so far. Raises DataError with the file, the row and the column, StoreError if
+    the disk is full; the table is then as it was.
     """
     identity = hashlib.sha256(json.dumps([spec.source, spec.query, spec.table]).encode()).hexdigest()[:12]
     target = home.events / spec.kind / f"import-{identity}.parquet"
     rows = in_file = 0
     file = ""
-    with atomic_file(target) as aside:
-        writer: pq.ParquetWriter | None = None
-        try:
-            texts = _text_columns(spec)
-            for where, batch in _located(
-                spec.source, as_format=spec.format, query=spec.query, table=spec.table, texts=texts
-            ):
-                file, in_file = where, (in_file if where == file else 0)
-                place = Place(where, in_file)
-                table = shape(pa.Table.from_batches([batch]), spec, first_row=rows, identity=identity, place=place)
-                writer = writer or pq.ParquetWriter(aside, table.schema)
-                writer.write_table(_as_before(table, writer.schema, place))
-                rows += table.num_rows
-                in_file += table.num_rows
-                progress(rows)
-        finally:
-            if writer is not None:
-                writer.close()
-        if writer is None or rows == 0:
-            raise DataError(f"{spec.source} holds no row; nothing was imported")
+    with folder_beside(target) as aside, closing(WideningWriter(aside)) as writer:
+        texts = _text_columns(spec)
+        for where, batch in _located(
+            spec.source,
+            as_format=spec.format,
+            query=spec.query,
+            table=spec.table,
+            options=spec.options,
+            texts=texts,
+        ):
+            file, in_file = where, (in_file if where == file else 0)
+            place = Place(where, in_file)
+            table = shape(pa.Table.from_batches([batch]), spec, first_row=rows, identity=identity, place=place)
+            writer.write(table, place)
+            rows += table.num_rows
+            in_file += table.num_rows
+            progress(rows)
+        if rows == 0:
+            raise DataError(f"{without_secrets(spec.source, spec.options)} holds no row; nothing was imported")
+        put(writer.finish(), target)
     return Imported(kind=spec.kind, path=target, rows=rows)
 
 
@@ -225,25 +270,6 @@ def shape(
     return pa.table({name: out[name] for name in ordered})
 
 
-def _as_before(table: pa.Table, schema: pa.Schema, place: Place) -> pa.Table:
-    """Further attributes of users and items in the types of the first batch."""
-    columns = []
-    for spec in schema:
-        if spec.name not in table.column_names:
-            columns.append(pa.nulls(table.num_rows, spec.type))
-            continue
-        try:
-            columns.append(table.column(spec.name).cast(spec.type))
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            raise DataError(
-                f"{place.row(0)} and after: column {spec.name!r} is {table.column(spec.name).type} here and "
-                f"{spec.type} in earlier rows: {error}"
-            ) from error
-    if extra := [name for name in table.column_names if name not in schema.names]:
-        raise DataError(f"{place.row(0)} and after: column {', '.join(extra)} does not exist in earlier rows")
-    return pa.Table.from_arrays(columns, schema=schema)
-
-
 def _text_columns(spec: ImportSpec) -> set[str]:
     """Source columns that no CSV reader should guess the type of: a guess from the first rows can fail on later ones.
 
@@ -253,25 +279,87 @@ def _text_columns(spec: ImportSpec) -> set[str]:
 
 
 def _csv(file: Path, texts: Collection[str]) -> Iterator[pa.RecordBatch]:
-    delimiter = "\t" if file.suffix == ".tsv" else ","
-    yield from pcsv.open_csv(
+    names = dict.fromkeys(_opened_csv(file).schema.names)
+    further = [name for name in names if name not in texts]
+    types = _types_of_all_blocks(file, further) if further else {}
+    yield from _opened_csv(file, column_types={**types, **dict.fromkeys(texts, pa.string())})
+
+
+def _opened_csv(file: Path, **convert: Any) -> pcsv.CSVStreamingReader:
+    return pcsv.open_csv(
         file,
-        parse_options=pcsv.ParseOptions(delimiter=delimiter),
-        convert_options=pcsv.ConvertOptions(column_types=dict.fromkeys(texts, pa.string())),
+        read_options=pcsv.ReadOptions(block_size=_CSV_BLOCK_BYTES),
+        parse_options=pcsv.ParseOptions(delimiter="\t" if ".tsv" in file.suffixes else ","),
+        convert_options=pcsv.ConvertOptions(**convert),
     )
+
+
+def _types_of_all_blocks(file: Path, names: Sequence[str]) -> dict[str, pa.DataType]:
+    """What each column can be in every block of a CSV file: Arrow would take its type from the first one.
+
+    Nothing for a file of one block, which needs no look ahead.
+    """
+    types: dict[str, pa.DataType] = {}
+    blocks = _opened_csv(file, include_columns=list(names), column_types=dict.fromkeys(names, pa.string()))
+    count = 0
+    for block in blocks:
+        count += 1
+        for name in names:
+            if types.get(name) != pa.string():
+                types[name] = _common(types.get(name, pa.null()), _type_of_texts(block.column(name)))
+    return types if count > 1 else {}
+
+
+def _type_of_texts(texts: pa.Array) -> pa.DataType:
+    """The type that Arrow would give to a CSV file's column of these texts."""
+    written = pa.BufferOutputStream()
+    pcsv.write_csv(pa.table({"x": texts.unique()}), written)
+    try:
+        return pcsv.read_csv(pa.BufferReader(written.getvalue())).schema.field("x").type
+    except pa.ArrowInvalid:
+        return pa.string()
+
+
+def _common(one: pa.DataType, other: pa.DataType) -> pa.DataType:
+    """The type of both, or text."""
+    try:
+        schemas = [pa.schema([("x", each)]) for each in (one, other)]
+        return pa.unify_schemas(schemas, promote_options="permissive").field("x").type
+    except pa.ArrowTypeError:
+        return pa.string()
 
 
 def _json_lines(file: Path, texts: Collection[str]) -> Iterator[pa.RecordBatch]:
     """A block of lines at a time, each with types of its own: a field may be absent or null for as long as it likes."""
+    options = pjson.ParseOptions(explicit_schema=pa.schema([(name, pa.string()) for name in _not_only_times(file)]))
     before = 0
-    with file.open("rb") as lines:
+    with _opened(file) as lines:
         while block := lines.readlines(_BLOCK_BYTES):
             if not all(map(bytes.isspace, block)):
                 try:
-                    yield from pjson.read_json(pa.BufferReader(b"".join(block))).to_batches()
+                    yield from pjson.read_json(pa.BufferReader(b"".join(block)), parse_options=options).to_batches()
                 except pa.ArrowInvalid as error:
                     raise DataError(f"{file}, {_bad_line(block, before) or error}") from error
             before += len(block)
+
+
+def _opened(file: Path) -> BufferedReader | gzip.GzipFile:
+    return gzip.open(file) if file.suffix == ".gz" else file.open("rb")
+
+
+def _not_only_times(file: Path) -> set[str]:
+    """Fields whose texts are times in some blocks, which Arrow makes times of, and other words in others."""
+    kinds: dict[str, set[bool]] = {}
+    with _opened(file) as lines:
+        block = lines.readlines(_BLOCK_BYTES)
+        while following := lines.readlines(_BLOCK_BYTES):  # a file of one block needs no look ahead
+            for each in (block, following) if not kinds else (following,):
+                with suppress(pa.ArrowInvalid):  # told, with its line, when its turn comes
+                    for field in pjson.read_json(pa.BufferReader(b"".join(each))).schema:
+                        if pa.types.is_timestamp(field.type) or pa.types.is_string(field.type):
+                            kinds.setdefault(field.name, set()).add(pa.types.is_timestamp(field.type))
+            block = following
+    return {name for name, kind in kinds.items() if len(kind) == 2}
 
 
 def _bad_line(block: Sequence[bytes], before: int) -> str | None:
@@ -299,45 +387,19 @@ def _parquet(file: Path, texts: Collection[str]) -> Iterator[pa.RecordBatch]:
 
 
 _BLOCK_BYTES = 8 << 20
+_CSV_BLOCK_BYTES = 1 << 20
+_JSON = (".json", ".json.gz")
+_LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 _FILES: dict[str, tuple[Callable[[Path, Collection[str]], Iterator[pa.RecordBatch]], tuple[str, ...]]] = {
     "parquet": (_parquet, (".parquet",)),
-    "csv": (_csv, (".csv", ".tsv")),
-    "jsonl": (_json_lines, (".jsonl", ".ndjson")),
+    "csv": (_csv, (".csv", ".tsv", ".csv.gz", ".tsv.gz")),
+    "jsonl": (_json_lines, (*_LINES, *_JSON)),
 }
-
-
-def _delta(path: Path) -> Iterator[pa.RecordBatch]:
-    try:
-        from deltalake import DeltaTable
-    except ImportError as error:
-        raise SettingsError(
-            "reading Delta tables needs deltalake; install it with `pip install plait[lakes]`"
-        ) from error
-    # Only files of the table's present version: those it has removed still lie in the folder.
-    dataset: pads.Dataset = DeltaTable(str(path)).to_pyarrow_dataset()
-    yield from dataset.to_batches(batch_size=BATCH_ROWS)
-
-
-def _iceberg(path: Path) -> Iterator[pa.RecordBatch]:
-    try:
-        from pyiceberg.table import StaticTable
-    except ImportError as error:
-        raise SettingsError(
-            "reading Iceberg tables needs pyiceberg; install it with `pip install plait[lakes]`"
-        ) from error
-    if path.is_dir():
-        versions = sorted((path / "metadata").glob("*.metadata.json"))
-        if not versions:
-            raise DataError(f"{path} has no metadata/*.metadata.json; it is no Iceberg table")
-        path = max(versions, key=lambda file: json.loads(file.read_text()).get("last-updated-ms", 0))
-    yield from StaticTable.from_metadata(str(path)).scan().to_arrow_batch_reader()
 
 
 def _sql(url: str, query: str | None, table: str | None) -> Iterator[pa.RecordBatch]:
     import sqlalchemy as sa
 
-    if bool(query) == bool(table):
-        raise SpecError("reading a database needs either a query or the name of a table")
     try:
         address = sa.make_url(url)
         if address.drivername == "postgresql":  # SQLAlchemy's default driver is the one before it
@@ -351,9 +413,11 @@ def _sql(url: str, query: str | None, table: str | None) -> Iterator[pa.RecordBa
         ) from error
     except sa.exc.ArgumentError as error:  # of an unknown dialect too
         raise SettingsError(
-            f"cannot open the database: {error}; give an SQLAlchemy URL, such as postgresql+psycopg://user@host/db, "
-            "and install its dialect's package"
+            f"cannot open {without_secrets(url, {})} as a database: {without_secrets(str(error), {})}; "
+            f"a source is {ALLOWED}"
         ) from error
+    if bool(query) == bool(table):
+        raise SpecError("reading a database needs either a query or the name of a table")
     shown = address.render_as_string(hide_password=True)
     try:
         with engine.connect() as connection:
@@ -361,13 +425,15 @@ def _sql(url: str, query: str | None, table: str | None) -> Iterator[pa.RecordBa
                 known = sa.inspect(connection).get_table_names()
                 if table not in known:
                     raise UnknownNameError("table", table, known, where=shown)
-                statement: Any = sa.select(sa.Table(table, sa.MetaData(), autoload_with=connection))
+                declared = sa.Table(table, sa.MetaData(), autoload_with=connection)
+                statement: Any = sa.select(declared)
+                types = {column.name: _arrow_type(column.type) for column in declared.columns}
             else:
-                statement = sa.text(str(query))
+                statement, types = sa.text(str(query)), {}
             result = connection.execution_options(stream_results=True).execute(statement)
             names = list(result.keys())
             for rows in result.partitions(BATCH_ROWS):
-                yield _batch(names, rows)
+                yield _batch(names, rows, types)
     except PlaitError:
         raise
     except (sa.exc.SQLAlchemyError, pa.ArrowException) as error:
@@ -387,16 +453,37 @@ _DRIVERS = {
 }
 
 
-def _batch(names: Sequence[str], rows: Sequence[Any]) -> pa.RecordBatch:
-    columns = list(zip(*rows, strict=True))
-    return pa.RecordBatch.from_arrays([pa.array(list(column)) for column in columns], names=list(names))
+def _arrow_type(declared: Any) -> pa.DataType | None:
+    """The type of a table's column; None where its values tell it better (UUIDs, enumerations, JSON, dates)."""
+    import sqlalchemy as sa
+
+    if isinstance(declared, sa.Boolean):
+        return pa.bool_()
+    if isinstance(declared, sa.Integer):
+        return pa.int64()
+    if isinstance(declared, sa.Float):
+        return pa.float64()
+    if isinstance(declared, sa.Numeric) and declared.asdecimal and 0 < (declared.precision or 0) <= 38:
+        return pa.decimal128(declared.precision, declared.scale or 0)
+    if isinstance(declared, sa.DateTime):
+        return pa.timestamp("us", tz="UTC" if declared.timezone else None)
+    return pa.string() if isinstance(declared, sa.String) and not isinstance(declared, sa.Enum) else None
+
+
+def _batch(names: Sequence[str], rows: Sequence[Any], types: Mapping[str, pa.DataType | None]) -> pa.RecordBatch:
+    columns = zip(names, zip(*rows, strict=True), strict=True)
+    arrays = [array_of(name, list(column), types.get(name)) for name, column in columns]
+    return pa.RecordBatch.from_arrays(arrays, names=list(names))
 
 
 @contextmanager
-def _plain_errors(source: str, known: str) -> Iterator[None]:
+def _plain_errors(source: str, known: str, options: Mapping[str, str] | None = None) -> Iterator[None]:
     try:
         yield
     except PlaitError:
         raise
     except Exception as error:  # each library has its own tree of errors, and all of them mean the same here
-        raise DataError(f"{source} cannot be read as {known}: {error}") from error
+        told = without_secrets(str(error), options or {})
+        cause = error if told == str(error) else None  # whose traceback would show what `told` does not
+        line = " ".join(re.sub(r"\x1b\[[\d;]*m|↳", "", told).split())
+        raise DataError(f"{source} cannot be read as {known}: {line}") from cause
