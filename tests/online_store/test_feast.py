@@ -16,7 +16,7 @@ import requests
 from feast import Entity, FeatureService, FeatureStore, FeatureView, Field, FileSource, PushSource
 from feast.infra.common.materialization_job import MaterializationTask
 from feast.protos.feast.serving.ServingService_pb2 import FieldStatus
-from feast.types import Array, Bool, Float32, Float64, Int64, String, UnixTimestamp
+from feast.types import Array, Bool, Bytes, Float32, Float64, Int32, Int64, Json, Map, String, UnixTimestamp
 from feast.value_type import ValueType
 
 from plait.errors import StoreError
@@ -27,6 +27,7 @@ T0 = datetime(2024, 1, 1, tzinfo=UTC)
 DAY = timedelta(days=1)
 MOMENT = pa.timestamp("us", tz="UTC")
 FIELDS = {"n": Int64, "x": Float64, "s": String, "tags": Array(String), "flag": Bool, "f": Float32, "at": UnixTimestamp}
+FIELDS |= {"map": Map, "json": Json, "raw": Bytes, "small": Int32, "vector": Array(Float32)}
 
 
 def history(rows):
@@ -44,6 +45,12 @@ def history(rows):
             "flag": [n is not None and n % 2 == 0 for n in numbers],
             "f": pa.array([0.5] * len(numbers), pa.float32()),
             "at": pa.array(events, MOMENT),
+            # As JSON: of an Arrow map stock Feast gets arrays of pairs, which it takes for no map.
+            "map": pa.array([None if n is None else f'{{"a": {n}, "b": {{}}}}' for n in numbers], pa.string()),
+            "json": pa.array([None if n is None else f'{{"a": [{n}]}}' for n in numbers], pa.string()),
+            "raw": pa.array([None if n is None else "é".encode() * (n % 3) for n in numbers], pa.binary()),
+            "small": pa.array(numbers, pa.int32()),
+            "vector": pa.array([None if n is None else [n / 3] * (n % 3) for n in numbers], pa.list_(pa.float32())),
         }
     )
 

@@ -360,7 +360,7 @@ def _columns(features: tuple[Feature, ...], unpacked: Unpacked) -> ViewColumns:
     columns = {feature.name: array for feature, array in zip(features, unpacked.arrays, strict=True)}
     for feature in features:
         if feature.storage.layout == "proto":
-            columns[feature.name] = protos_column(columns[feature.name], feature.value_type)
+            columns[feature.name] = protos_column(columns[feature.name], feature.value_type, name=feature.name)
     return ViewColumns(columns=columns, event_us=unpacked.event_us, found=unpacked.found, expired=unpacked.expired)
 
 

@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from decimal import Decimal
 from typing import Any, Literal
+from uuid import UUID
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from feast.protos.feast.types import Value_pb2
 from feast.protos.feast.types.Value_pb2 import Value as ValueProto
 from feast.type_map import feast_value_type_to_python_type, python_values_to_proto_values
@@ -74,6 +76,7 @@ STORAGES: dict[ValueType, Storage] = {
     ValueType.BYTES_LIST: Storage("binary_list", pa.list_(pa.binary()), "bytes_list_val"),
 }
 _TEXT = {ValueType.JSON, ValueType.UUID, ValueType.TIME_UUID, ValueType.DECIMAL}
+_DICTS = {ValueType.MAP, ValueType.MAP_LIST, ValueType.STRUCT, ValueType.STRUCT_LIST}  # Feast takes JSON for these
 _LIST_MESSAGES = {
     "int32_list_val": Value_pb2.Int32List,
     "int64_list_val": Value_pb2.Int64List,
@@ -118,14 +121,16 @@ def conform(column: pa.ChunkedArray | pa.Array, value_type: ValueType, *, name: 
         target = pa.string() if value_type in _TEXT else storage.arrow
         if array.type.equals(target):
             stored = array
-        elif pa.types.is_timestamp(target) and pa.types.is_integer(array.type):
-            stored = pc.multiply(array.cast(pa.int64()), US).cast(target)  # Feast's integers are seconds
+        elif _has_moments(target) and pa.types.is_integer(_element(array.type)):
+            for type_ in (pa.int64(), pa.timestamp("s", tz="UTC"), MOMENT):  # Feast's integers are seconds
+                array = array.cast(pa.list_(type_) if _is_list(target) else type_)
+            stored = array
         else:
             # Only moments may lose precision: parquet by pandas holds nanoseconds, of which we keep microseconds.
             stored = array.cast(target, safe=not _has_moments(target))
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, TypeError, ValueError, AssertionError) as error:
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, TypeError, ValueError, AssertionError, KeyError) as error:
         raise StoreError(
-            f"feature {name!r} is declared {value_type.name} and came as {array.type}: {error}; "
+            f"feature {name!r} is declared {value_type.name} and came as {column.type}: {error}; "
             "make the declared type and the source agree"
         ) from error
     if pa.types.is_list(stored.type) and stored.flatten().null_count:
@@ -136,7 +141,15 @@ def conform(column: pa.ChunkedArray | pa.Array, value_type: ValueType, *, name: 
 
 
 def _has_moments(target: pa.DataType) -> bool:
-    return pa.types.is_timestamp(target.value_type if pa.types.is_list(target) else target)
+    return pa.types.is_timestamp(_element(target))
+
+
+def _element(arrow: pa.DataType) -> pa.DataType:
+    return arrow.value_type if _is_list(arrow) else arrow
+
+
+def _is_list(arrow: pa.DataType) -> bool:
+    return pa.types.is_list(arrow) or pa.types.is_large_list(arrow) or pa.types.is_fixed_size_list(arrow)
 
 
 def _is_text(arrow: pa.DataType) -> bool:
@@ -144,8 +157,18 @@ def _is_text(arrow: pa.DataType) -> bool:
 
 
 def _to_protos_or_text(array: pa.Array, value_type: ValueType) -> pa.Array:
+    if not _may_hold(array.type, value_type):
+        raise TypeError(f"{array.type} holds no such values")
     protos = python_values_to_proto_values(array.to_pylist(maps_as_pydicts="strict"), value_type)
     return protos_to_array(protos, value_type, name=value_type.name)
+
+
+def _may_hold(arrow: pa.DataType, value_type: ValueType) -> bool:
+    """False where Feast would make something up: a set of a text's letters, a struct around a number."""
+    as_json = _is_text(arrow) and value_type in _DICTS
+    if value_type.name.endswith(("_LIST", "_SET")):
+        return _is_list(arrow) or as_json
+    return value_type not in _DICTS or pa.types.is_struct(arrow) or pa.types.is_map(arrow) or as_json
 
 
 # Feast's protos <-> stored arrays ---------------------------------------------------------------------------------
@@ -205,17 +228,65 @@ def _proto_maker(field: str, value_type: ValueType) -> Callable[[Any], ValueProt
     return lambda value: ValueProto(**{field: message(val=value)})
 
 
-def protos_column(array: pa.Array, value_type: ValueType) -> pa.Array:
-    """A column of serialized protos as plain Arrow: Feast's own Arrow type of the value type where it has one."""
-    values = [
-        None if value is None else feast_value_type_to_python_type(ValueProto.FromString(value), value_type)
-        for value in array.to_pylist()
-    ]
-    values = [sorted(value, key=repr) if isinstance(value, set) else value for value in values]
+def protos_column(array: pa.Array, value_type: ValueType, *, name: str) -> pa.Array:
+    """A column of serialized protos as plain Arrow: Feast's own Arrow type of the value type where it has one.
+
+    Feast's type of a map, a struct or a nested list is a stand-in: they get the type of the values that are here. Maps
+    whose values share no type become structs of all their keys, null where a map has none. Raises StoreError where that
+    is no type either.
+    """
+    protos = [None if value is None else ValueProto.FromString(value) for value in array.to_pylist()]
+    values = [None if proto is None else _plain(_python(proto, value_type)) for proto in protos]
     try:
-        return pa.array(values, from_feast_to_pyarrow_type(from_value_type(value_type)))
-    except (ValueError, TypeError, pa.ArrowException):
+        if value_type not in _STAND_INS:
+            return pa.array(values, from_feast_to_pyarrow_type(from_value_type(value_type)))
+        if value_type in (ValueType.MAP, ValueType.MAP_LIST, ValueType.SCALAR_MAP):
+            with suppress(pa.ArrowException):
+                return pa.array(_pairs(values), _map_type(values))
         return pa.array(values)
+    except (TypeError, ValueError, pa.ArrowException) as error:
+        raise StoreError(
+            f"feature {name!r}: its {value_type.name} values share no Arrow type ({error}); "
+            "store values of one type, or read it with get_online_features"
+        ) from error
+
+
+# Feast has no Arrow type of bytes, and those of the others hold texts.
+_STAND_INS = {*_DICTS, ValueType.SCALAR_MAP, ValueType.VALUE_LIST, ValueType.VALUE_SET, ValueType.BYTES_SET}
+
+
+def _python(proto: ValueProto, value_type: ValueType) -> Any:
+    if value_type is ValueType.JSON_LIST:
+        return list(proto.json_list_val.val)  # texts, as a Json feature is one
+    return feast_value_type_to_python_type(proto, value_type)
+
+
+def _plain(value: Any) -> Any:
+    """What Arrow takes: UUIDs and decimals as the texts that Feast's types say; sets and keys, unordered, in order."""
+    if isinstance(value, dict):
+        return {key: _plain(value[key]) for key in sorted(value, key=repr)}
+    if isinstance(value, (list, set)):
+        return [_plain(item) for item in (sorted(value, key=repr) if isinstance(value, set) else value)]
+    return str(value) if isinstance(value, (UUID, Decimal)) else value
+
+
+def _map_type(values: list[Any]) -> pa.DataType:
+    """The type of values in which every dict is a map; a text where there is no value to tell."""
+    present = [value for value in values if value is not None]
+    if present and all(isinstance(value, dict) for value in present):
+        keys = [_plain(key) for value in present for key in value]
+        items = [item for value in present for item in value.values()]
+        return pa.map_(pa.array(keys).type if keys else pa.string(), _map_type(items))
+    if present and all(isinstance(value, list) for value in present):
+        return pa.list_(_map_type([item for value in present for item in value]))
+    return pa.array(present).type if present else pa.string()
+
+
+def _pairs(value: Any) -> Any:
+    """Dicts as the pairs that Arrow takes for maps of any key."""
+    if isinstance(value, dict):
+        return [(_plain(key), _pairs(item)) for key, item in value.items()]
+    return [_pairs(item) for item in value] if isinstance(value, list) else value
 
 
 # One type -> another, for rows written before a feature changed its type --------------------------------------------
