@@ -139,6 +139,16 @@ def test_event_timestamps_come_in_any_form_that_pandas_reads(pushed, moments):
     assert got.event_us.tolist() == [int(T0.timestamp()) * 10**6]
 
 
+def test_maps_keep_the_keys_they_came_with(backend):
+    """Feast's own provider gives each the keys of all, by way of an Arrow struct."""
+    values = [{"a": 1}, {"b": "x", "c": [1.5]}, {}, None]
+    store = FeatureStore(config=backend.config)
+    store.apply([KEY, push_view({"extra": Map})])
+    store.push("pushed", frame_of(4, extra=values))
+    got = store.get_online_features(["stats:extra"], [{"user_id": user} for user in (1, 2, 3, 4)]).to_dict()
+    assert got["extra"] == values
+
+
 def test_a_later_created_wins_at_equal_event_timestamps(pushed):
     late = frame_of(n=[2]).assign(created=pd.to_datetime([T0 + DAY]))
     got = pushed(push_view({"n": Int64}), late, frame_of(n=[1]))

@@ -6,6 +6,7 @@ their microseconds, as when they are materialized; everything else is Feast's.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import pandas as pd
 import pyarrow as pa
 from feast.feature_view import DUMMY_ENTITY_ID
 from feast.infra.passthrough_provider import PassthroughProvider
+from feast.value_type import ValueType
 
 from plait.errors import StoreError
 from plait.stores.online_base import PackedOnlineStore
@@ -60,6 +62,8 @@ def batch_of(
         )
     try:
         arrays = {name: _array(frame[columns[name]]) for name in names}
+        maps = [field.name for field in view.features if field.dtype.to_value_type() is ValueType.MAP]
+        arrays |= {name: _maps(frame[columns[name]]) for name in maps}
         arrays |= {name: _moments(frame[columns[name]]) for name in moments}
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         raise StoreError(f"view {view.name}: {error}; nothing was stored") from error
@@ -84,6 +88,11 @@ def _array(series: pd.Series) -> pa.Array:
     if series.dtype.kind == "M":
         return pa.array(series.to_numpy(dtype="M8[us]"))  # in UTC
     return pa.array(series, from_pandas=True)
+
+
+def _maps(series: pd.Series) -> pa.Array:
+    """Dicts as JSON, which Feast takes for a map too: Arrow would give each the keys of all."""
+    return pa.array([json.dumps(value) if isinstance(value, dict) else value for value in series], from_pandas=True)
 
 
 def _moments(series: pd.Series) -> pa.Array:
