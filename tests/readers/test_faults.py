@@ -14,7 +14,6 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from plait.data import readers
 from plait.data.readers import ImportSpec, import_table
 from plait.data.widening import WideningWriter
 from plait.errors import StoreError
@@ -26,7 +25,7 @@ N = 2_000
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
     """Its readers take some rows at a time."""
-    monkeypatch.setattr(readers, "_BLOCK_BYTES", 20_000)
+    monkeypatch.setattr("plait.data.textfiles._BLOCK_BYTES", 20_000)
     return Home(project=tmp_path, root=tmp_path / ".plait").create()
 
 
@@ -77,10 +76,10 @@ def test_a_disk_that_fills_up_leaves_the_earlier_import(home: Home, tmp_path: Pa
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from plait.data import readers, widening
+from plait.data import readers, textfiles, widening
 from plait.settings import Home
 
-readers._BLOCK_BYTES = 20_000
+textfiles._BLOCK_BYTES = 20_000
 home = Home(project=Path(sys.argv[1]), root=Path(sys.argv[1]) / ".plait")
 die = lambda: os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[3] == "writing":

@@ -267,7 +267,7 @@ def test_options_of_other_formats_and_without_a_value_are_refused_without_showin
 
 
 def test_a_database_without_rows_does_not_show_its_password(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("plait.data.readers._sql", lambda *words: iter(()))
+    monkeypatch.setattr("plait.data.readers.sql_batches", lambda *words: iter(()))
     spec = ImportSpec(kind="users", source="postgresql://me:hunter2@host/db", table="people")
     with pytest.raises(DataError, match=r"postgresql://\*\*\*@host/db holds no row"):
         import_table(home, spec)
@@ -294,7 +294,7 @@ def test_secrets_are_left_out_and_addresses_stay(text: str, told: str) -> None:
 def test_names_of_files_tell_their_format_and_compression(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, how: str
 ) -> None:
-    monkeypatch.setattr("plait.data.readers._BLOCK_BYTES", 60)
+    monkeypatch.setattr("plait.data.textfiles._BLOCK_BYTES", 60)
     comma = "\t" if ".tsv" in name else ","
     table = [ROWS.column_names, *(row.values() for row in ROWS.to_pylist())]
     text = "".join(comma.join(str(value or "-") for value in row) + "\n" for row in table)

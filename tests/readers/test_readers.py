@@ -287,7 +287,7 @@ FULL = (full_parquet, full_csv, full_jsonl, full_delta, full_iceberg, full_sql)
 def test_sessions_devices_teams_and_arms_with_propensities_come_from_every_format(
     home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write
 ) -> None:
-    monkeypatch.setattr("plait.data.readers._BLOCK_BYTES", 300)  # blocks of a row or two, types open in the first ones
+    monkeypatch.setattr("plait.data.textfiles._BLOCK_BYTES", 300)  # a row or two, types open in the first ones
     source = write(tmp_path)
     table = "events" if write is full_sql else None
     done = import_table(home, ImportSpec(kind="impressions", source=source, table=table))

@@ -24,7 +24,7 @@ N = 12
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
     """Its readers take few rows at a time."""
     monkeypatch.setattr("plait.data.readers.BATCH_ROWS", 4)
-    monkeypatch.setattr("plait.data.readers._BLOCK_BYTES", 150)
+    monkeypatch.setattr("plait.data.textfiles._BLOCK_BYTES", 150)
     return Home(project=tmp_path, root=tmp_path / ".plait").create()
 
 
@@ -120,7 +120,7 @@ def test_words_among_times_leave_all_of_them_as_they_were_written(home: Home, tm
 def test_a_column_of_csv_is_what_all_of_its_blocks_can_be(
     home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, texts: list[str], wanted: list
 ) -> None:
-    monkeypatch.setattr("plait.data.readers._CSV_BLOCK_BYTES", 120)
+    monkeypatch.setattr("plait.data.textfiles._CSV_BLOCK_BYTES", 120)
     text = "user_id,event_timestamp,x\n" + "".join(f"{i},{SINCE},{value}\n" for i, value in enumerate(texts))
     path = tmp_path / f"people{suffix}"
     path.write_bytes(gzip.compress(text.encode()) if suffix == ".csv.gz" else text.encode())
@@ -130,7 +130,7 @@ def test_a_column_of_csv_is_what_all_of_its_blocks_can_be(
 def test_a_column_of_csv_that_the_event_table_does_not_take_may_hold_anything(
     home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("plait.data.readers._CSV_BLOCK_BYTES", 60)
+    monkeypatch.setattr("plait.data.textfiles._CSV_BLOCK_BYTES", 60)
     rows = "".join(f"{i},{i},5,{'' if i < 9 else 'note'}\n" for i in range(N))
     (tmp_path / "e.csv").write_text("user_id,item_id,timestamp,remark\n" + rows)
     assert import_table(home, ImportSpec(kind="impressions", source=str(tmp_path / "e.csv"))).rows == N

@@ -6,26 +6,22 @@ table, and writes one parquet file that takes the place of an earlier import of 
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pcsv
-import pyarrow.json as pjson
 import pyarrow.parquet as pq
 
 from plait.data.convert import UNITS, Place, convert
+from plait.data.databases import sql_batches
 from plait.data.lakes import (
-    ALLOWED,
     CATALOG,
     LAKES,
     OBJECT_STORES,
@@ -36,8 +32,9 @@ from plait.data.lakes import (
     without_secrets,
 )
 from plait.data.tables import SCHEMAS
-from plait.data.widening import WideningWriter, array_of
-from plait.errors import DataError, PlaitError, SettingsError, SpecError, UnknownNameError
+from plait.data.textfiles import csv_batches, json_batches
+from plait.data.widening import WideningWriter
+from plait.errors import DataError, PlaitError, SpecError, UnknownNameError
 from plait.files import folder_beside, put
 from plait.settings import Home
 
@@ -159,7 +156,7 @@ def _located(
     if options and known not in LAKES:
         raise SpecError(f"options ({', '.join(options)}) are for {' and '.join(LAKES)} tables; {known} takes none")
     if known == "sql":
-        for batch in _sql(source, query, table):
+        for batch in sql_batches(source, query, table, BATCH_ROWS):
             yield "query" if query else f"table {table}", batch
         return
     path = local_path(source, known)
@@ -278,202 +275,18 @@ def _text_columns(spec: ImportSpec) -> set[str]:
     return {spec.columns.get(name, name) for name in SCHEMAS[spec.kind].names if name not in spec.constants}
 
 
-def _csv(file: Path, texts: Collection[str]) -> Iterator[pa.RecordBatch]:
-    names = dict.fromkeys(_opened_csv(file).schema.names)
-    further = [name for name in names if name not in texts]
-    types = _types_of_all_blocks(file, further) if further else {}
-    yield from _opened_csv(file, column_types={**types, **dict.fromkeys(texts, pa.string())})
-
-
-def _opened_csv(file: Path, **convert: Any) -> pcsv.CSVStreamingReader:
-    return pcsv.open_csv(
-        file,
-        read_options=pcsv.ReadOptions(block_size=_CSV_BLOCK_BYTES),
-        parse_options=pcsv.ParseOptions(delimiter="\t" if ".tsv" in file.suffixes else ","),
-        convert_options=pcsv.ConvertOptions(**convert),
-    )
-
-
-def _types_of_all_blocks(file: Path, names: Sequence[str]) -> dict[str, pa.DataType]:
-    """What each column can be in every block of a CSV file: Arrow would take its type from the first one.
-
-    Nothing for a file of one block, which needs no look ahead.
-    """
-    types: dict[str, pa.DataType] = {}
-    blocks = _opened_csv(file, include_columns=list(names), column_types=dict.fromkeys(names, pa.string()))
-    count = 0
-    for block in blocks:
-        count += 1
-        for name in names:
-            if types.get(name) != pa.string():
-                types[name] = _common(types.get(name, pa.null()), _type_of_texts(block.column(name)))
-    return types if count > 1 else {}
-
-
-def _type_of_texts(texts: pa.Array) -> pa.DataType:
-    """The type that Arrow would give to a CSV file's column of these texts."""
-    written = pa.BufferOutputStream()
-    pcsv.write_csv(pa.table({"x": texts.unique()}), written)
-    try:
-        return pcsv.read_csv(pa.BufferReader(written.getvalue())).schema.field("x").type
-    except pa.ArrowInvalid:
-        return pa.string()
-
-
-def _common(one: pa.DataType, other: pa.DataType) -> pa.DataType:
-    """The type of both, or text."""
-    try:
-        schemas = [pa.schema([("x", each)]) for each in (one, other)]
-        return pa.unify_schemas(schemas, promote_options="permissive").field("x").type
-    except pa.ArrowTypeError:
-        return pa.string()
-
-
-def _json_lines(file: Path, texts: Collection[str]) -> Iterator[pa.RecordBatch]:
-    """A block of lines at a time, each with types of its own: a field may be absent or null for as long as it likes."""
-    options = pjson.ParseOptions(explicit_schema=pa.schema([(name, pa.string()) for name in _not_only_times(file)]))
-    before = 0
-    with _opened(file) as lines:
-        while block := lines.readlines(_BLOCK_BYTES):
-            if not all(map(bytes.isspace, block)):
-                try:
-                    yield from pjson.read_json(pa.BufferReader(b"".join(block)), parse_options=options).to_batches()
-                except pa.ArrowInvalid as error:
-                    raise DataError(f"{file}, {_bad_line(block, before) or error}") from error
-            before += len(block)
-
-
-def _opened(file: Path) -> BufferedReader | gzip.GzipFile:
-    return gzip.open(file) if file.suffix == ".gz" else file.open("rb")
-
-
-def _not_only_times(file: Path) -> set[str]:
-    """Fields whose texts are times in some blocks, which Arrow makes times of, and other words in others."""
-    kinds: dict[str, set[bool]] = {}
-    with _opened(file) as lines:
-        block = lines.readlines(_BLOCK_BYTES)
-        while following := lines.readlines(_BLOCK_BYTES):  # a file of one block needs no look ahead
-            for each in (block, following) if not kinds else (following,):
-                with suppress(pa.ArrowInvalid):  # told, with its line, when its turn comes
-                    for field in pjson.read_json(pa.BufferReader(b"".join(each))).schema:
-                        if pa.types.is_timestamp(field.type) or pa.types.is_string(field.type):
-                            kinds.setdefault(field.name, set()).add(pa.types.is_timestamp(field.type))
-            block = following
-    return {name for name, kind in kinds.items() if len(kind) == 2}
-
-
-def _bad_line(block: Sequence[bytes], before: int) -> str | None:
-    """The first line that is no JSON object, or whose fields are of another kind than in the lines before it."""
-    kinds: dict[str, tuple[str, int]] = {}
-    for number, line in enumerate(block, before + 1):
-        if line.isspace():
-            continue
-        try:
-            values = json.loads(line)
-        except ValueError as error:
-            return f"line {number} is not JSON ({error}): {line.decode(errors='replace').strip()[:80]!r}"
-        if not isinstance(values, dict):
-            return f"line {number} is not a JSON object: {line.decode(errors='replace').strip()[:80]!r}"
-        for name, value in values.items():
-            kind = "number" if isinstance(value, int | float) and not isinstance(value, bool) else type(value).__name__
-            if value is not None and kinds.setdefault(name, (kind, number))[0] != kind:
-                return f"line {number}: {name!r} is a {kind}, and a {kinds[name][0]} in line {kinds[name][1]}"
-    return None
-
-
 def _parquet(file: Path, texts: Collection[str]) -> Iterator[pa.RecordBatch]:
     with pq.ParquetFile(file) as parquet:
         yield from parquet.iter_batches(batch_size=BATCH_ROWS)
 
 
-_BLOCK_BYTES = 8 << 20
-_CSV_BLOCK_BYTES = 1 << 20
 _JSON = (".json", ".json.gz")
 _LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 _FILES: dict[str, tuple[Callable[[Path, Collection[str]], Iterator[pa.RecordBatch]], tuple[str, ...]]] = {
     "parquet": (_parquet, (".parquet",)),
-    "csv": (_csv, (".csv", ".tsv", ".csv.gz", ".tsv.gz")),
-    "jsonl": (_json_lines, (*_LINES, *_JSON)),
+    "csv": (csv_batches, (".csv", ".tsv", ".csv.gz", ".tsv.gz")),
+    "jsonl": (json_batches, (*_LINES, *_JSON)),
 }
-
-
-def _sql(url: str, query: str | None, table: str | None) -> Iterator[pa.RecordBatch]:
-    import sqlalchemy as sa
-
-    try:
-        address = sa.make_url(url)
-        if address.drivername == "postgresql":  # SQLAlchemy's default driver is the one before it
-            address = address.set(drivername="postgresql+psycopg")
-        engine = sa.create_engine(address)
-    except ImportError as error:
-        driver = (error.name or "").partition(".")[0]
-        raise SettingsError(
-            f"reading {url.partition(':')[0]} databases needs the package {driver!r}, which is not installed; "
-            f"`pip install {_DRIVERS.get(driver, driver)}`, or name another driver in the URL (postgresql+psycopg://)"
-        ) from error
-    except sa.exc.ArgumentError as error:  # of an unknown dialect too
-        raise SettingsError(
-            f"cannot open {without_secrets(url, {})} as a database: {without_secrets(str(error), {})}; "
-            f"a source is {ALLOWED}"
-        ) from error
-    if bool(query) == bool(table):
-        raise SpecError("reading a database needs either a query or the name of a table")
-    shown = address.render_as_string(hide_password=True)
-    try:
-        with engine.connect() as connection:
-            if table:
-                known = sa.inspect(connection).get_table_names()
-                if table not in known:
-                    raise UnknownNameError("table", table, known, where=shown)
-                declared = sa.Table(table, sa.MetaData(), autoload_with=connection)
-                statement: Any = sa.select(declared)
-                types = {column.name: _arrow_type(column.type) for column in declared.columns}
-            else:
-                statement, types = sa.text(str(query)), {}
-            result = connection.execution_options(stream_results=True).execute(statement)
-            names = list(result.keys())
-            for rows in result.partitions(BATCH_ROWS):
-                yield _batch(names, rows, types)
-    except PlaitError:
-        raise
-    except (sa.exc.SQLAlchemyError, pa.ArrowException) as error:
-        raise DataError(f"{shown} cannot be read: {str(error)[:500]}") from error
-    finally:
-        engine.dispose()
-
-
-# Where the module of a driver and its package have different names.
-_DRIVERS = {
-    "psycopg2": "psycopg2-binary",
-    "psycopg": "plait[postgres]",
-    "MySQLdb": "mysqlclient",
-    "cx_Oracle": "oracledb",
-    "duckdb_engine": "duckdb-engine",
-    "snowflake": "snowflake-sqlalchemy",
-}
-
-
-def _arrow_type(declared: Any) -> pa.DataType | None:
-    """The type of a table's column; None where its values tell it better (UUIDs, enumerations, JSON, dates)."""
-    import sqlalchemy as sa
-
-    if isinstance(declared, sa.Boolean):
-        return pa.bool_()
-    if isinstance(declared, sa.Integer):
-        return pa.int64()
-    if isinstance(declared, sa.Float):
-        return pa.float64()
-    if isinstance(declared, sa.Numeric) and declared.asdecimal and 0 < (declared.precision or 0) <= 38:
-        return pa.decimal128(declared.precision, declared.scale or 0)
-    if isinstance(declared, sa.DateTime):
-        return pa.timestamp("us", tz="UTC" if declared.timezone else None)
-    return pa.string() if isinstance(declared, sa.String) and not isinstance(declared, sa.Enum) else None
-
-
-def _batch(names: Sequence[str], rows: Sequence[Any], types: Mapping[str, pa.DataType | None]) -> pa.RecordBatch:
-    columns = zip(names, zip(*rows, strict=True), strict=True)
-    arrays = [array_of(name, list(column), types.get(name)) for name, column in columns]
-    return pa.RecordBatch.from_arrays(arrays, names=list(names))
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -97,17 +97,3 @@ def _in_types(table: pa.Table, schema: pa.Schema, place: Place, elsewhere: str) 
                 f"{error}"
             ) from error
     return pa.Table.from_arrays(columns, schema=schema)
-
-
-def array_of(name: str, values: Sequence[object], known: pa.DataType | None) -> pa.Array:
-    """A database's values in the type that its table declares, or in their own where they are not of it.
-
-    Raises DataError if they have no type in common.
-    """
-    if known is not None:
-        with suppress(pa.ArrowException, TypeError, ValueError, OverflowError):
-            return pa.array(values, known)
-    try:
-        return pa.array(values)
-    except (pa.ArrowException, OverflowError) as error:
-        raise DataError(f"column {name!r} holds values of several kinds: {error}") from error
