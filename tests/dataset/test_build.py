@@ -18,7 +18,7 @@ from plait.offline.card import write_card
 from plait.offline.dataset import Dataset, find_datasets
 from plait.offline.samples import build_samples
 from plait.offline.saved import saved_name
-from plait.offline.spec import SampleSpec, SplitSpec
+from plait.offline.spec import SampleSpec, SplitSpec, parse_label
 from tests.dataset.conftest import write
 
 
@@ -180,6 +180,23 @@ def test_feast_knows_the_dataset_as_a_saved_dataset(project: SimpleNamespace) ->
     assert set(dataset.features) <= set(read.columns)
 
 
+def test_a_registration_that_failed_is_made_up_for_by_the_next_build(
+    project: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_samples(project.home, SampleSpec())
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("database is locked")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(project.store.registry, "apply_saved_dataset", refuse)
+        with pytest.raises(StoreError, match=r"is complete, but Feast's registry .*database is locked"):
+            build_dataset(project.home, "tiny_users", store=project.store)
+    (dataset,) = find_datasets(project.home.datasets)
+    assert build_dataset(project.home, "tiny_users", store=project.store).folder == dataset.folder
+    assert project.store.get_saved_dataset(saved_name(dataset)).tags["plait.data_hash"] == dataset.manifest.data_hash
+
+
 def test_a_truncated_part_is_named_on_opening_and_the_next_build_repairs_it(project: SimpleNamespace) -> None:
     build_samples(project.home, SampleSpec())
     dataset = build_dataset(project.home, "tiny_users", store=project.store)
@@ -236,6 +253,36 @@ def test_a_model_configuration_without_its_keys_says_which(project: SimpleNamesp
     config.write_text("name: [odd\n")
     with pytest.raises(SpecError, match="not YAML"):
         read_model(project.home, "odd")
+
+
+def test_a_dataset_reused_for_another_label_is_checked_for_leaks_of_that_label(
+    project: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A feature that knows what is bought is no leak to a model of clicks."""
+    from plait.cli import cli
+
+    monkeypatch.chdir(project.home.project)
+    monkeypatch.delenv("PLAIT_HOME", raising=False)
+    shown = project.events["impressions"]
+    bought = [i % 2 == 0 for i in range(len(shown))]
+    buys = [{**row, "event_id": f"b{i}", "type": "buy"} for i, row in enumerate(shown.to_pylist()) if bought[i]]
+    write(project.home.events / "feedback", pa.Table.from_pylist(buys, project.events["feedback"].schema), "b.parquet")
+    told = {"mean_7d": pa.array([float(told) for told in bought], pa.float32())}
+    told |= {"user_id": shown["user_id"], "event_timestamp": shown["timestamp"], "created": shown["timestamp"]}
+    told |= {"recent": pa.array([[]] * len(shown), pa.list_(pa.int64()))}
+    write(project.home.features / "user_stats", pa.table(told))
+    build_samples(project.home, SampleSpec(labels=(parse_label("click"), parse_label("buy"))))
+    build = ["dataset", "build", "--service", "tiny_users", "--label"]
+    for label, word, leaks in (
+        ("click", "built", 0),
+        ("buy", "reused", 1),
+        ("buy", "reused", 1),
+        ("click", "reused", 0),
+    ):
+        done = CliRunner().invoke(cli, [*build, label])
+        assert done.exit_code == 0 and done.output.startswith(word)
+        assert done.output.count("mean_7d (user_stats) alone predicts buy with AUC 1.000") == leaks
+    assert "label `buy`" in CliRunner().invoke(cli, ["dataset", "show", "--label", "buy"]).output
 
 
 def test_the_command_builds_for_a_model_then_reuses_and_shows_the_card(

@@ -139,7 +139,7 @@ def naive_catalogue_draws(
     total = sum(count**spec.exponent for count in trained.values())
     drawn: Counter[tuple[str, int, int]] = Counter()
     for request, user, item, click in rows:
-        at_us = 1_000_000 * int((START + timedelta(seconds=request)).timestamp())
+        at_us = moment_us(request)
         for slot in range(1, spec.per_positive + 1 if click else 1):
             line = []
             for other in sorted(since, key=lambda each: (since[each], each)):
@@ -177,6 +177,76 @@ def test_draws_agree_with_a_loop_that_lists_what_existed_and_was_never_liked(
     out = sample(engine, rows, spec, range(1, 9), seed, since.__getitem__)
     got = Counter((row["request_id"], row["user_id"], row["item_id"]) for row in out.to_pylist() if not row["click"])
     assert got == naive_catalogue_draws(rows, spec, since, seed)
+
+
+def moment_us(request: int) -> int:
+    return 1_000_000 * int((START + timedelta(seconds=request)).timestamp())
+
+
+def drawn_for(keys: list[int], seed: int) -> int:
+    return int(draw([np.array([key]) for key in keys], seed=seed)[0])
+
+
+def naive_in_batch(rows: list[tuple[int, int, int, int]], spec: NegativeSpec, seed: int) -> Counter:
+    """(request, user, drawn item) of every draw: each positive looks at all others of its group and split."""
+    own, positives = own_of(rows), [row[:3] for row in rows if row[3]]
+    groups = -(-len(positives) // spec.batch)
+
+    def place(request: int, user: int, item: int) -> tuple[int, bool]:
+        return drawn_for([user, item, moment_us(request)], seed + 1) * groups >> 32, request % 5 == 0
+
+    drawn: Counter = Counter()
+    for request, user, item in positives:
+        others = {other[2] for other in positives if place(*other) == place(request, user, item)}
+        line = sorted(
+            (drawn_for([user, item, moment_us(request), other], seed + 2), other)
+            for other in others
+            if (user, other) not in own
+        )
+        drawn.update((f"r{request}", user, other) for _, other in line[: spec.per_positive])
+    return drawn
+
+
+def naive_hard(rows: list[tuple[int, int, int, int]], spec: NegativeSpec, seed: int) -> Counter:
+    """(request, user, item) of every impression taken: of the request itself, or else of others of the user."""
+    own = own_of(rows)
+    shown = [row[:3] for row in rows if not row[3] and (row[1], row[2]) not in own]
+    wanted = Counter({request: 0 for request, *_ in rows if any(row[0] == request and row[3] for row in rows)})
+    user_of = {request: user for request, user, _, _ in rows}
+    for request, _, _, click in rows:
+        wanted[request] += spec.per_positive * click
+
+    def place(row: tuple[int, int, int]) -> tuple[int, str, int]:
+        return drawn_for([row[1], row[2], moment_us(row[0])], seed), f"r{row[0]}", row[2]
+
+    taken: list[tuple[int, int, int]] = []
+    lonely: Counter = Counter()
+    for request in [request for request, n in wanted.items() if n]:
+        beside = sorted((row for row in shown if row[0] == request), key=place)
+        taken += beside[: wanted[request]]
+        if not beside:
+            lonely[user_of[request], request % 5 == 0] += wanted[request]
+    for (user, tested), n in lonely.items():
+        elsewhere = [row for row in shown if row[1] == user and (row[0] % 5 == 0) == tested and not wanted[row[0]]]
+        taken += sorted(elsewhere, key=place)[:n]
+    return Counter((f"r{request}", user, item) for request, user, item in taken)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=histories,
+    kind=st.sampled_from(["in_batch", "hard"]),
+    k=st.integers(1, 3),
+    batch=st.sampled_from([2, 5, 100]),
+    seed=st.integers(0, 5),
+)
+def test_draws_among_impressions_agree_with_a_loop_over_them(engine: Engine, rows, kind, k, batch, seed) -> None:
+    rows = [(request, 1 + request % 3, item, click) for request, _, item, click in rows]  # a request is one user's
+    rows.append((11, 3, 6, 1))  # something to train on
+    spec = NegativeSpec(kind=kind, per_positive=k, batch=batch)
+    out = sample(engine, rows, spec, range(1, 9), seed)
+    got = Counter((row["request_id"], row["user_id"], row["item_id"]) for row in out.to_pylist() if not row["click"])
+    assert got == (naive_hard if kind == "hard" else naive_in_batch)(rows, spec, seed)
 
 
 @pytest.mark.parametrize("kind", ["uniform", "popularity", "in_batch"])

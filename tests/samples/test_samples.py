@@ -30,6 +30,7 @@ from plait.offline.spec import (
     read_spec,
 )
 from plait.settings import Home
+from tests.samples.conftest import random_events
 
 NOW = datetime(2024, 5, 25, tzinfo=UTC)
 MANY = SampleSpec(
@@ -61,6 +62,23 @@ def test_samples_hold_one_row_per_impression_in_time_order(make_home: Callable[.
         == pc.sum(table.filter(pc.equal(table["split"], "train")).column("click")).as_py()
     )
     assert read_manifest(home.samples / "default") == manifest
+
+
+def test_a_value_or_propensity_that_is_not_a_number_is_missing(make_home: Callable[..., Home]) -> None:
+    """SQL holds NaN greater than every number: it made likes, sums and the greatest weight."""
+    tables = random_events(1)
+    found = []
+    for missing in (None, float("nan")):
+        changed = {}
+        for kind, column in (("feedback", "value"), ("impressions", "propensity")):
+            told = tables[kind].column(column).to_pylist()
+            odd = pa.array([missing if i % 3 == 0 else value for i, value in enumerate(told)], pa.float64())
+            place = tables[kind].schema.get_field_index(column)
+            changed[kind] = tables[kind].set_column(place, column, odd)
+        build_samples(make_home(**changed), MANY, now=NOW)
+        found.append(read(make_home(**changed)).to_pylist())
+    assert found[0] == found[1]
+    assert 0 < sum(row["like"] for row in found[1]) < len(found[1])
 
 
 def test_the_steps_say_where_rows_went(make_home: Callable[..., Home]) -> None:

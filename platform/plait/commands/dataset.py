@@ -59,7 +59,7 @@ def build(
     Next: `plait dataset show`, then `plait train MODEL`.
     """
     from plait.offline.build import build_dataset, read_model
-    from plait.offline.card import write_card
+    from plait.offline.card import card_warnings
     from plait.offline.engine import quiet_ibis
 
     if bool(model) == bool(service):
@@ -98,8 +98,8 @@ def build(
     for part, rows in built.manifest.rows.items():
         click.echo(f"  {part:<6} {rows:>12,} rows")
     click.echo(f"  {len(built.features)} features of {built.manifest.feature_service}")
-    if card and (built_now or not (built.folder / "card.json").exists()):
-        for warning in write_card(built, label=label).warnings:
+    if card:
+        for warning in card_warnings(built, label=label):
             click.echo(f"warning: {warning}", err=True)
 
 
@@ -122,7 +122,8 @@ def list_() -> None:
 
 @dataset.command()
 @click.argument("name", required=False)
-def show(name: str | None) -> None:
+@click.option("--label", help="Check for leaks of this label.  [default: that of the model it was first built for]")
+def show(name: str | None, label: str | None) -> None:
     """Print the data card of dataset NAME (default: the newest).
 
     Null rates, cardinalities, the label's rate by day, each feature's AUC alone, and warnings of probable leaks.
@@ -139,4 +140,4 @@ def show(name: str | None) -> None:
     name = name or next(iter(found), "")
     if name not in found:
         raise UnknownNameError("dataset", name, found)
-    click.echo(write_card(found[name]).to_markdown())
+    click.echo(write_card(found[name], label=label).to_markdown())

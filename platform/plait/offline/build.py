@@ -104,9 +104,12 @@ def build_dataset(
     target = home.datasets / f"{samples}-{key[:16]}"
     if (target / MANIFEST).exists():
         try:
-            return Dataset.open(target)
+            there = Dataset.open(target)
         except DataError:
             pass  # damaged: built again, and swapped in whole
+        else:
+            register_dataset(store, there)
+            return there
     refuse_drift(store, spec)
     with atomic_folder(target) as aside:
         work = aside / ".work"

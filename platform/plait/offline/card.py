@@ -80,6 +80,17 @@ def write_card(dataset: Dataset, *, label: str | None = None) -> DataCard:
     return card
 
 
+def card_warnings(dataset: Dataset, *, label: str | None = None) -> list[str]:
+    """The warnings of the dataset's card, which is made if there is none yet or if it is another label's."""
+    try:
+        stored = json.loads((dataset.folder / "card.json").read_bytes())
+        if stored["label"] == (label or dataset.manifest.label):
+            return list(stored["warnings"])
+    except (OSError, ValueError, KeyError, TypeError):  # none yet, or damaged
+        pass
+    return list(write_card(dataset, label=label).warnings)
+
+
 def make_card(dataset: Dataset, *, label: str | None = None, max_rows: int = MAX_ROWS) -> DataCard:
     """The card of `dataset`; `label` (default the dataset's) is the one the leakage check looks at."""
     manifest = dataset.manifest

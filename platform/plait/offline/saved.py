@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow.compute as pc
 
+from plait.errors import StoreError
 from plait.offline.dataset import Dataset
 from plait.offline.retrieval import streams
 from plait.offline.splits import PARTS
 
 if TYPE_CHECKING:
     from feast import FeatureStore
-    from feast.saved_dataset import SavedDataset
+    from feast.saved_dataset import SavedDataset, SavedDatasetStorage
+
+_DATA_HASH = "plait.data_hash"
 
 
 def saved_name(dataset: Dataset) -> str:
@@ -21,24 +25,40 @@ def saved_name(dataset: Dataset) -> str:
     return dataset.folder.name.replace("-", "_")
 
 
-def register_dataset(store: FeatureStore, dataset: Dataset) -> SavedDataset:
+def register_dataset(store: FeatureStore, dataset: Dataset) -> None:
     """Put the dataset's place, features, keys and hashes into Feast's registry, under its folder's name.
 
-    Feast's own create_saved_dataset would run the whole retrieval a second time to write a copy.
+    Nothing is done if it is there. Feast's own create_saved_dataset would run the whole retrieval a second time to
+    write a copy. Raises StoreError if the registry cannot take it; the dataset itself is complete.
     """
-    from feast.infra.offline_stores.file_source import SavedDatasetFileStorage
+    from feast.errors import SavedDatasetNotFound
+
+    try:
+        known = store.registry.get_saved_dataset(saved_name(dataset), store.project, allow_cache=False)
+        if known.tags.get(_DATA_HASH) == dataset.manifest.data_hash:
+            return
+    except SavedDatasetNotFound:
+        pass
+    except Exception as error:
+        raise _refused(dataset, error) from error
+    saved = _saved(store, dataset)
+    try:
+        store.registry.apply_saved_dataset(saved, store.project, commit=True)
+    except Exception as error:
+        raise _refused(dataset, error) from error
+
+
+def _saved(store: FeatureStore, dataset: Dataset) -> SavedDataset:
     from feast.saved_dataset import SavedDataset
 
     manifest = dataset.manifest
-    # Plait's offline store reads all parts below a folder, the stock one only what a pattern names.
-    place = dataset.folder if streams(store) else dataset.folder / "*" / "*.parquet"
     saved = SavedDataset(
         name=saved_name(dataset),
         features=[f"{feature.view}:{feature.name}" for feature in manifest.features],
         join_keys=["user_id", "item_id"],
-        storage=SavedDatasetFileStorage(path=str(place)),
+        storage=_storage(store, dataset.folder),
         tags={
-            "plait.data_hash": manifest.data_hash,
+            _DATA_HASH: manifest.data_hash,
             "plait.samples_hash": manifest.samples_hash,
             "plait.label": manifest.label,
             "plait.folder": dataset.folder.name,
@@ -46,8 +66,27 @@ def register_dataset(store: FeatureStore, dataset: Dataset) -> SavedDataset:
         feature_service_name=manifest.feature_service,
     )
     saved.min_event_timestamp, saved.max_event_timestamp = _range(dataset)
-    store.registry.apply_saved_dataset(saved, store.project, commit=True)
     return saved
+
+
+def _storage(store: FeatureStore, folder: Path) -> SavedDatasetStorage:
+    """How the project's offline store is told of the parts."""
+    parts = str(folder / "*" / "*.parquet")
+    if type(store.config.offline_store).__name__ == "SparkOfflineStoreConfig":
+        from feast.infra.offline_stores.contrib.spark_offline_store.spark_source import SavedDatasetSparkStorage
+
+        return SavedDatasetSparkStorage(path=parts, file_format="parquet")
+    from feast.infra.offline_stores.file_source import SavedDatasetFileStorage
+
+    # Plait's offline store reads all parts below a folder, the stock one only what a pattern names.
+    return SavedDatasetFileStorage(path=str(folder) if streams(store) else parts)
+
+
+def _refused(dataset: Dataset, error: Exception) -> StoreError:
+    return StoreError(
+        f"{dataset.folder} is complete, but Feast's registry did not take it as a saved dataset: {error}; "
+        "it can be trained on, and the same command registers it once the registry answers"
+    )
 
 
 def _range(dataset: Dataset) -> tuple[datetime, datetime]:
