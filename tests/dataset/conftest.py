@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from plait.settings import Home
+
+if TYPE_CHECKING:
+    from feast.data_source import DataSource
 
 MICROS = pa.timestamp("us", tz="UTC")
 START = datetime(2024, 1, 1, tzinfo=UTC)
@@ -120,8 +125,15 @@ def feature_tables(seed: int) -> dict[str, pa.Table]:
     return {"user_stats": users, "item_profile": items, "user_genre": cross}
 
 
-def definitions(features: Path) -> list:
-    from feast import Entity, FeatureService, FeatureView, Field, FileSource, ValueType
+def file_source(name: str, folder: Path) -> DataSource:
+    from feast import FileSource
+
+    path = str(folder / "part-0.parquet")
+    return FileSource(name=name, path=path, timestamp_field="event_timestamp", created_timestamp_column="created")
+
+
+def definitions(features: Path, source: Callable[[str, Path], DataSource] = file_source) -> list:
+    from feast import Entity, FeatureService, FeatureView, Field, ValueType
     from feast.types import Array, Float32, Int64, String
 
     user = Entity(name="user", join_keys=["user_id"], value_type=ValueType.INT64)
@@ -129,18 +141,12 @@ def definitions(features: Path) -> list:
     genre = Entity(name="genre", join_keys=["genre"], value_type=ValueType.STRING)
 
     def view(name: str, entities: list, fields: list, ttl_days: float | None) -> FeatureView:
-        source = FileSource(
-            name=f"{name}_source",
-            path=str(features / name / "part-0.parquet"),
-            timestamp_field="event_timestamp",
-            created_timestamp_column="created",
-        )
         return FeatureView(
             name=name,
             entities=entities,
             ttl=timedelta(days=ttl_days) if ttl_days else timedelta(0),
             schema=[*(Field(name=e.join_key, dtype=String if e is genre else Int64) for e in entities), *fields],
-            source=source,
+            source=source(f"{name}_source", features / name),
         )
 
     user_stats = view(
@@ -170,11 +176,19 @@ STORES = {"stock": "duckdb", "plait": "plait.stores.offline.AsofDuckDBOfflineSto
 @pytest.fixture(params=STORES)
 def project(tmp_path: Path, request: pytest.FixtureRequest) -> SimpleNamespace:
     """Events, features, an applied registry and a model configuration, on Feast's DuckDB store and on Plait's."""
+    made = make_project(tmp_path, STORES[request.param])
+    made.offline = request.param
+    return made
+
+
+def make_project(
+    folder: Path, offline: str, source: Callable[[str, Path], DataSource] = file_source
+) -> SimpleNamespace:
     from plait.service import open_store
 
-    home = Home(project=tmp_path, root=tmp_path / ".plait").create()
-    (tmp_path / "feature_store.yaml").write_text(YAML.format(offline=STORES[request.param]))
-    configs = tmp_path / "trainers" / "configs"
+    home = Home(project=folder, root=folder / ".plait").create()
+    (folder / "feature_store.yaml").write_text(YAML.format(offline=offline))
+    configs = folder / "trainers" / "configs"
     configs.mkdir(parents=True)
     (configs / "tiny.yaml").write_text("name: tiny\nfeature_service: tiny_clicks\nlabel: click\n")
     events = event_tables(seed=5)
@@ -184,5 +198,5 @@ def project(tmp_path: Path, request: pytest.FixtureRequest) -> SimpleNamespace:
     for name, table in features.items():
         write(home.features / name, table)
     store = open_store(home)
-    store.apply(definitions(home.features))
-    return SimpleNamespace(home=home, store=store, events=events, features=features, offline=request.param)
+    store.apply(definitions(home.features, source))
+    return SimpleNamespace(home=home, store=store, events=events, features=features)

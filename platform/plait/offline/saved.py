@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow.compute as pc
@@ -15,7 +14,7 @@ from plait.offline.splits import PARTS
 
 if TYPE_CHECKING:
     from feast import FeatureStore
-    from feast.saved_dataset import SavedDataset, SavedDatasetStorage
+    from feast.saved_dataset import SavedDataset
 
 _DATA_HASH = "plait.data_hash"
 
@@ -49,14 +48,18 @@ def register_dataset(store: FeatureStore, dataset: Dataset) -> None:
 
 
 def _saved(store: FeatureStore, dataset: Dataset) -> SavedDataset:
+    from feast.infra.offline_stores.file_source import SavedDatasetFileStorage
     from feast.saved_dataset import SavedDataset
 
     manifest = dataset.manifest
+    # Plait's offline store reads all parts below a folder, the stock one only what a pattern names. Feast's Spark store
+    # reads neither: it knows a saved dataset only as a table of Spark's catalog.
+    place = dataset.folder if streams(store) else dataset.folder / "*" / "*.parquet"
     saved = SavedDataset(
         name=saved_name(dataset),
         features=[f"{feature.view}:{feature.name}" for feature in manifest.features],
         join_keys=["user_id", "item_id"],
-        storage=_storage(store, dataset.folder),
+        storage=SavedDatasetFileStorage(path=str(place)),
         tags={
             _DATA_HASH: manifest.data_hash,
             "plait.samples_hash": manifest.samples_hash,
@@ -67,19 +70,6 @@ def _saved(store: FeatureStore, dataset: Dataset) -> SavedDataset:
     )
     saved.min_event_timestamp, saved.max_event_timestamp = _range(dataset)
     return saved
-
-
-def _storage(store: FeatureStore, folder: Path) -> SavedDatasetStorage:
-    """How the project's offline store is told of the parts."""
-    parts = str(folder / "*" / "*.parquet")
-    if type(store.config.offline_store).__name__ == "SparkOfflineStoreConfig":
-        from feast.infra.offline_stores.contrib.spark_offline_store.spark_source import SavedDatasetSparkStorage
-
-        return SavedDatasetSparkStorage(path=parts, file_format="parquet")
-    from feast.infra.offline_stores.file_source import SavedDatasetFileStorage
-
-    # Plait's offline store reads all parts below a folder, the stock one only what a pattern names.
-    return SavedDatasetFileStorage(path=str(folder) if streams(store) else parts)
 
 
 def _refused(dataset: Dataset, error: Exception) -> StoreError:
