@@ -57,21 +57,14 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     folders in one step; elsewhere it is two renames, so that a reader in between finds nothing and should try again.
     What killed writers of `path` left beside it is removed. Raises StoreError if the disk is full.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove_orphans(path)
-    aside, claim = _claimed_aside(path)
-    try:
-        with full_disk_told(path):
-            yield aside
-            for file in aside.rglob("*"):
-                if file.is_file():
-                    with file.open("rb+") as handle:
-                        os.fsync(handle.fileno())
-            _take_place(aside, path)
-            fsync_folder(path.parent)
-    finally:
-        os.close(claim)
-        shutil.rmtree(aside, ignore_errors=True)
+    with folder_beside(path) as aside:
+        yield aside
+        for file in aside.rglob("*"):
+            if file.is_file():
+                with file.open("rb+") as handle:
+                    os.fsync(handle.fileno())
+        _take_place(aside, path)
+        fsync_folder(path.parent)
 
 
 @contextmanager

@@ -189,8 +189,8 @@ class PackedOnlineStore(OnlineStore):
         """Store columns: join keys, every feature of the view, its event timestamps and perhaps created timestamps.
 
         event_timestamp, created: names of those columns; the second may be absent, and so may the key that Feast gives
-        to a view without entities. Returns how many rows were offered
-        (those older than what is stored change nothing). Raises StoreError.
+        to a view without entities. Returns how many rows were offered (those older than what is stored change nothing).
+        Raises StoreError.
         """
         view = table if isinstance(table, StoredView) else StoredView.of(config, table)
         names = rows.schema.names
