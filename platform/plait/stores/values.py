@@ -77,6 +77,13 @@ STORAGES: dict[ValueType, Storage] = {
 }
 _TEXT = {ValueType.JSON, ValueType.UUID, ValueType.TIME_UUID, ValueType.DECIMAL}
 _DICTS = {ValueType.MAP, ValueType.MAP_LIST, ValueType.STRUCT, ValueType.STRUCT_LIST}  # Feast takes JSON for these
+_MAYBE_NULL = (
+    ValueType.JSON_LIST,
+    ValueType.VALUE_LIST,
+    ValueType.VALUE_SET,
+    ValueType.MAP_LIST,
+    ValueType.STRUCT_LIST,
+)
 _NULL_ELEMENT = "a list holds a null element, which no Feast value type can; drop or fill such elements"
 _LIST_MESSAGES = {
     "int32_list_val": Value_pb2.Int32List,
@@ -159,7 +166,7 @@ def _to_protos_or_text(array: pa.Array, value_type: ValueType) -> pa.Array:
     if not _may_hold(array.type, value_type):
         raise TypeError(f"{array.type} holds no such values")
     values = array.to_pylist(maps_as_pydicts="strict")
-    if value_type is not ValueType.JSON_LIST and any(isinstance(value, list) and None in value for value in values):
+    if value_type not in _MAYBE_NULL and any(isinstance(value, list) and None in value for value in values):
         raise ValueError(_NULL_ELEMENT)  # Feast would write an empty text, or the text "None"
     protos = python_values_to_proto_values(values, value_type)
     return protos_to_array(protos, value_type, name=value_type.name)
