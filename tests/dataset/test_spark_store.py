@@ -1,10 +1,11 @@
-"""A training set by Feast's own Spark offline store is that of Plait's."""
+"""A training set by Feast's own Spark offline store is that of Plait's, and is read back from Feast's registry."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pytest
 
@@ -29,6 +30,15 @@ def rows(dataset: Dataset) -> list[dict[str, Any]]:
     return table.sort_by("sample_id").to_pylist()
 
 
+def in_order(found: pd.DataFrame) -> pd.DataFrame:
+    """What a saved dataset keeps: keys, time and features; lists as lists, times as UTC."""
+    times = pd.to_datetime(found["event_timestamp"], utc=True).astype("datetime64[us, UTC]")
+    recent = [None if value is None else list(value) for value in found["recent"]]
+    found = found.assign(event_timestamp=times, recent=recent).sort_values(["event_timestamp", "item_id"])
+    kept = ["user_id", "item_id", "event_timestamp", "mean_7d", "recent", "primary_genre", "n_shown", "n_genre"]
+    return found[kept].reset_index(drop=True)
+
+
 def test_spark_s_training_set_is_plait_s_row_for_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three views, one keyed by a feature of another, a list, ids, texts and floats."""
     monkeypatch.delenv("PLAIT_HOME", raising=False)
@@ -41,6 +51,7 @@ def test_spark_s_training_set_is_plait_s_row_for_row(tmp_path: Path, monkeypatch
         build_samples(project.home, SampleSpec())
         dataset = build_dataset(project.home, "tiny_clicks", store=project.store)
         found[name] = (dataset.schema, rows(dataset))
-        assert [saved.name for saved in project.store.list_saved_datasets()] == [saved_name(dataset)]
+        read = project.store.get_saved_dataset(saved_name(dataset)).to_df()
+        pd.testing.assert_frame_equal(in_order(read), in_order(pd.DataFrame(found[name][1])), check_dtype=False)
     assert found["spark"] == found["plait"]
     assert len(found["spark"][1]) == 400

@@ -68,7 +68,7 @@ def test_a_value_or_propensity_that_is_not_a_number_is_missing(make_home: Callab
     """SQL holds NaN greater than every number: it made likes, sums and the greatest weight."""
     tables = random_events(1)
     found = []
-    for missing in (None, float("nan")):
+    for missing in (None, float("nan"), float("inf")):
         changed = {}
         for kind, column in (("feedback", "value"), ("impressions", "propensity")):
             told = tables[kind].column(column).to_pylist()
@@ -77,7 +77,7 @@ def test_a_value_or_propensity_that_is_not_a_number_is_missing(make_home: Callab
             changed[kind] = tables[kind].set_column(place, column, odd)
         build_samples(make_home(**changed), MANY, now=NOW)
         found.append(read(make_home(**changed)).to_pylist())
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2]
     assert 0 < sum(row["like"] for row in found[1]) < len(found[1])
 
 

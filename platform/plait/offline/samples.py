@@ -255,8 +255,9 @@ def read_events(engine: Engine, folder: Path, wanted: Mapping[str, str], *, requ
     for name, dtype in wanted.items():
         kept = stamp if dtype == "timestamp" else dtype
         columns[name] = raw[name].cast(kept) if name in found else ibis.null(kept)
-        if dtype == "float64":  # NaN is missing, as to the aggregates; SQL holds it greater than every number
-            columns[name] = ibis.ifelse(columns[name].isnan(), ibis.null(dtype), columns[name])
+        if dtype == "float64":  # NaN and infinity are missing, as to the aggregates; SQL holds NaN above every number
+            odd = columns[name].isnan() | columns[name].isinf()
+            columns[name] = ibis.ifelse(odd, ibis.null(dtype), columns[name])
     return raw.select(**columns)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow.compute as pc
@@ -14,7 +15,7 @@ from plait.offline.splits import PARTS
 
 if TYPE_CHECKING:
     from feast import FeatureStore
-    from feast.saved_dataset import SavedDataset
+    from feast.saved_dataset import SavedDataset, SavedDatasetStorage
 
 _DATA_HASH = "plait.data_hash"
 
@@ -48,18 +49,14 @@ def register_dataset(store: FeatureStore, dataset: Dataset) -> None:
 
 
 def _saved(store: FeatureStore, dataset: Dataset) -> SavedDataset:
-    from feast.infra.offline_stores.file_source import SavedDatasetFileStorage
     from feast.saved_dataset import SavedDataset
 
     manifest = dataset.manifest
-    # Plait's offline store reads all parts below a folder, the stock one only what a pattern names. Feast's Spark store
-    # reads neither: it knows a saved dataset only as a table of Spark's catalog.
-    place = dataset.folder if streams(store) else dataset.folder / "*" / "*.parquet"
     saved = SavedDataset(
         name=saved_name(dataset),
         features=[f"{feature.view}:{feature.name}" for feature in manifest.features],
         join_keys=["user_id", "item_id"],
-        storage=SavedDatasetFileStorage(path=str(place)),
+        storage=_storage(store, dataset.folder),
         tags={
             _DATA_HASH: manifest.data_hash,
             "plait.samples_hash": manifest.samples_hash,
@@ -70,6 +67,22 @@ def _saved(store: FeatureStore, dataset: Dataset) -> SavedDataset:
     )
     saved.min_event_timestamp, saved.max_event_timestamp = _range(dataset)
     return saved
+
+
+def _storage(store: FeatureStore, folder: Path) -> SavedDatasetStorage:
+    """Where the rows are, in the words of the project's offline store, which is what reads them back."""
+    if type(store.config.offline_store).__name__ == "SparkOfflineStoreConfig":
+        from feast.infra.offline_stores.contrib.spark_offline_store.spark_source import SavedDatasetSparkStorage
+
+        # Of the storage's table, query and path Feast 0.67 reads back a table only: of the others it makes a source
+        # without a name, which it refuses. Spark takes files for a table, but Feast cuts a table's name at its dots, so
+        # those of the path (and whatever else needs quotes) become the pattern's "any one character".
+        place = "".join(each if each.isalnum() or each in "/_-" else "?" for each in str(folder.resolve()))
+        return SavedDatasetSparkStorage(table=f"parquet.{place}/*/*")
+    from feast.infra.offline_stores.file_source import SavedDatasetFileStorage
+
+    # Plait's offline store reads all parts below a folder, the stock one only what a pattern names.
+    return SavedDatasetFileStorage(path=str(folder if streams(store) else folder / "*" / "*.parquet"))
 
 
 def _refused(dataset: Dataset, error: Exception) -> StoreError:
