@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
@@ -211,23 +211,22 @@ def naive_hard(rows: list[tuple[int, int, int, int]], spec: NegativeSpec, seed: 
     """(request, user, item) of every impression taken: of the request itself, or else of others of the user."""
     own = own_of(rows)
     shown = [row[:3] for row in rows if not row[3] and (row[1], row[2]) not in own]
-    wanted = Counter({request: 0 for request, *_ in rows if any(row[0] == request and row[3] for row in rows)})
-    user_of = {request: user for request, user, _, _ in rows}
-    for request, _, _, click in rows:
-        wanted[request] += spec.per_positive * click
+    wanted: Counter[tuple[int, int]] = Counter()
+    for request, user, _, click in rows:
+        wanted[request, user] += spec.per_positive * click
 
     def place(row: tuple[int, int, int]) -> tuple[int, str, int]:
         return drawn_for([row[1], row[2], moment_us(row[0])], seed), f"r{row[0]}", row[2]
 
     taken: list[tuple[int, int, int]] = []
-    lonely: Counter = Counter()
-    for request in [request for request, n in wanted.items() if n]:
-        beside = sorted((row for row in shown if row[0] == request), key=place)
-        taken += beside[: wanted[request]]
+    lonely: Counter[tuple[int, bool]] = Counter()
+    for (request, user), n in wanted.items():
+        beside = sorted((row for row in shown if row[:2] == (request, user)), key=place)
+        taken += beside[:n]
         if not beside:
-            lonely[user_of[request], request % 5 == 0] += wanted[request]
+            lonely[user, request % 5 == 0] += n
     for (user, tested), n in lonely.items():
-        elsewhere = [row for row in shown if row[1] == user and (row[0] % 5 == 0) == tested and not wanted[row[0]]]
+        elsewhere = [row for row in shown if row[1] == user and (row[0] % 5 == 0) == tested and not wanted[row[:2]]]
         taken += sorted(elsewhere, key=place)[:n]
     return Counter((f"r{request}", user, item) for request, user, item in taken)
 
@@ -240,9 +239,9 @@ def naive_hard(rows: list[tuple[int, int, int, int]], spec: NegativeSpec, seed: 
     batch=st.sampled_from([2, 5, 100]),
     seed=st.integers(0, 5),
 )
+@example(rows=[(1, 1, 1, 1), (1, 2, 2, 1), (1, 1, 3, 0), (1, 2, 4, 0)], kind="hard", k=1, batch=2, seed=0)  # two users
 def test_draws_among_impressions_agree_with_a_loop_over_them(engine: Engine, rows, kind, k, batch, seed) -> None:
-    rows = [(request, 1 + request % 3, item, click) for request, _, item, click in rows]  # a request is one user's
-    rows.append((11, 3, 6, 1))  # something to train on
+    rows = [*rows, (11, 3, 6, 1)]  # something to train on
     spec = NegativeSpec(kind=kind, per_positive=k, batch=batch)
     out = sample(engine, rows, spec, range(1, 9), seed)
     got = Counter((row["request_id"], row["user_id"], row["item_id"]) for row in out.to_pylist() if not row["click"])

@@ -213,20 +213,21 @@ def _in_batch(
 
 
 def _hard(engine: Engine, positives: ir.Table, unclicked: ir.Table, spec: NegativeSpec, seed: int) -> ir.Table:
-    """Unclicked impressions of the positives' own requests; for requests without any, of the user's other requests."""
+    """Unclicked impressions of the positives' own requests, each once; for requests without any, as many of the user's
+    requests without positives. Should a request be of several users, each one's part of it is a request of its own."""
     import ibis
 
-    k = spec.per_positive
+    k, request = spec.per_positive, ("request_id", "user_id", "split")
     ranked = with_draw(_moment(engine, unclicked), "draw", _ROW_KEYS, seed=seed)
-    wanted = positives.group_by("request_id", "user_id", "split").aggregate(wanted=positives.count() * k)
-    beside = ranked.inner_join(wanted.select("request_id", "wanted"), "request_id")
-    order = ibis.window(group_by="request_id", order_by=["draw", "item_id"])
+    wanted = positives.group_by(*request).aggregate(wanted=positives.count() * k)
+    beside = ranked.inner_join(wanted, request)
+    order = ibis.window(group_by=request, order_by=["draw", "item_id"])
     beside = beside.mutate(rank=ibis.row_number().over(order))
     chosen = beside.filter(beside.rank < beside.wanted).select(*unclicked.columns)
 
-    lonely = wanted.anti_join(unclicked.select("request_id").distinct(), "request_id")
+    lonely = wanted.anti_join(unclicked.select(*request).distinct(), request)
     lonely = lonely.group_by("user_id", "split").aggregate(wanted=lonely.wanted.sum())
-    elsewhere = ranked.anti_join(wanted.select("request_id"), "request_id")
+    elsewhere = ranked.anti_join(wanted.select(*request), request)
     elsewhere = elsewhere.inner_join(lonely, ["user_id", "split"])
     order = ibis.window(group_by=["user_id", "split"], order_by=["draw", "request_id", "item_id"])
     elsewhere = elsewhere.mutate(rank=ibis.row_number().over(order))
