@@ -42,7 +42,8 @@ def test_samples_and_features_are_the_same_from_either_engine(tmp_path: Path, mo
     monkeypatch.delenv("PLAIT_HOME", raising=False)
     (tmp_path / "feature_store.yaml").write_text("")
     (tmp_path / "feature_repo").mkdir()
-    (tmp_path / "feature_repo" / "views.py").write_text(DECLARED)
+    # A name of its own: modules of a process are imported once.
+    (tmp_path / "feature_repo" / "both_engines.py").write_text(DECLARED)
     size = ["--users", "30", "--items", "25", "--requests", "200"]
     cli.main(["data", "prepare", "synthetic", *size], standalone_mode=False)
     home, found = tmp_path / ".plait", {}

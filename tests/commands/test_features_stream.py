@@ -52,7 +52,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
     FeatureStore(repo_path=str(tmp_path)).apply([user, *views])
     repo = tmp_path / "feature_repo"
     repo.mkdir()
-    (repo / "views.py").write_text(DECLARED)
+    (repo / "streamed_views.py").write_text(DECLARED)
     return home
 
 
