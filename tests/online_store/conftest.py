@@ -14,6 +14,8 @@ import pyarrow as pa
 import pytest
 from feast import Entity, FeatureView, Field, FileSource
 from feast.infra.online_stores.helpers import get_online_store_from_config
+from feast.protos.feast.types.EntityKey_pb2 import EntityKey
+from feast.protos.feast.types.Value_pb2 import Value
 from feast.repo_config import RepoConfig
 from feast.types import Float64, Int64
 from feast.value_type import ValueType
@@ -145,6 +147,12 @@ def make_rows(columns: dict[str, Any], *, at: Any = T0, created: Any = None) -> 
         moments = value if isinstance(value, list) else [value] * n_rows
         table = table.append_column(name, pa.array(moments, moment))
     return table
+
+
+def entity_key(**values: int | str) -> EntityKey:
+    """Feast's key of an entity, by its join keys."""
+    protos = [Value(string_val=v) if isinstance(v, str) else Value(int64_val=v) for v in values.values()]
+    return EntityKey(join_keys=list(values), entity_values=protos)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ import pyarrow as pa
 import pytest
 from feast import Entity, FeatureStore
 from feast.infra.online_stores.helpers import get_online_store_from_config
-from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.protos.feast.types.Value_pb2 import Value
 from feast.type_map import feast_value_type_to_python_type, python_values_to_proto_values
 from feast.types import (
@@ -32,6 +31,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from plait.errors import StoreError, UnknownNameError
+from tests.online_store.conftest import entity_key
 
 T0 = datetime(2024, 1, 1, tzinfo=UTC)
 NOW = T0 + timedelta(days=1)
@@ -58,11 +58,6 @@ EVERY_TYPE = {
     "set": (Set(Int64), [{1, 2}, None, set()]),
     "uuid": (Uuid, ["5f0c0f0a-0000-4000-8000-000000000001", None, "5f0c0f0a-0000-4000-8000-000000000002"]),
 }
-
-
-def entity_key(**values):
-    protos = [Value(string_val=v) if isinstance(v, str) else Value(int64_val=v) for v in values.values()]
-    return EntityKey(join_keys=list(values), entity_values=protos)
 
 
 def values_of(table, name="x"):

@@ -5,8 +5,6 @@ from decimal import Decimal as D
 
 import pyarrow as pa
 import pytest
-from feast.protos.feast.types.EntityKey_pb2 import EntityKey
-from feast.protos.feast.types.Value_pb2 import Value
 from feast.type_map import feast_value_type_to_python_type, python_values_to_proto_values
 from feast.types import (
     Array,
@@ -24,15 +22,11 @@ from feast.types import (
 )
 
 from plait.errors import StoreError
+from tests.online_store.conftest import entity_key
 
 T0 = datetime(2024, 1, 1, tzinfo=UTC)
 NOW = T0 + timedelta(days=1)
 MOMENT = datetime(2023, 5, 6, 7, 8, 9, tzinfo=UTC)
-
-
-def entity_key(**values):
-    protos = [Value(string_val=v) if isinstance(v, str) else Value(int64_val=v) for v in values.values()]
-    return EntityKey(join_keys=list(values), entity_values=protos)
 
 
 ONE, TWO = (f"5f0c0f0a-0000-4000-8000-00000000000{i}" for i in (1, 2))

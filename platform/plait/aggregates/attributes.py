@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from plait.offline.engine import Engine
 
+# In which rows of a key come into force: by when they are true and known, then by when they happened, then by creation.
 _ORDER = ("_since", "_at", "_made")
 
 
@@ -76,10 +77,7 @@ def unknown_at(
 def _joined(
     engine: Engine, events: ir.Table, table: ir.Table, key: str, wanted: Mapping[str, str], where: str
 ) -> ir.Table:
-    """Events with attributes as they were known when the event happened.
-
-    An event from before anything was known takes what was known first, and counts from then on.
-    """
+    """Events with the columns of one attribute table, under their names in `wanted`."""
     for column in wanted.values():
         if column not in table.columns:
             raise UnknownNameError("column", column, table.columns, where=where)

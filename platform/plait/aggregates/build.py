@@ -260,12 +260,9 @@ class _Builder:
         ids = list(self.spec.events.id)
         late = [raw.filter(raw["_known"] > since)]
         late += unknown_at(self.engine, self.spec.events, raw, self._attributes(), since)
-        fresh = (
-            ibis.union(*(events.select(*ids, TIME) for events in late)) if len(late) > 1 else late[0].select(*ids, TIME)
-        )
         if new_files:
-            fresh = fresh.union(self._raw(new_files).select(*ids, TIME))
-        fresh = self.engine.keep(fresh)
+            late.append(self._raw(new_files))
+        fresh = self.engine.keep(ibis.union(*(events.select(*ids, TIME) for events in late)))
         earliest = fresh[TIME].min().execute()
         copies = raw.semi_join(fresh, ids)
         told = copies.aggregate(first=copies[TIME].min(), n=copies.count()).execute()

@@ -32,9 +32,8 @@ class EventFolder:
             )
         self.folder, self.table, self.rolled = folder, table, rolled
         self._read: set[str] = set()
-        self._failed: dict[
-            str, tuple[tuple[int, int], float]
-        ] = {}  # (size, time) of an unreadable file, and since when
+        # Of a file that cannot be read: its (size, time of change), and since when these are so.
+        self._failed: dict[str, tuple[tuple[int, int], float]] = {}
         self._offsets: dict[str, int] = {}
         self._gone: set[str] = set()
 

@@ -84,7 +84,7 @@ def normalised(
     copies: False if every event is known to be there once.
     """
     spec = plan.spec
-    events = with_attributes(engine, plan.spec.events, once(plan, raw) if copies else raw, attributes)
+    events = with_attributes(engine, spec.events, once(plan, raw) if copies else raw, attributes)
     floats = [name for name in events.columns if events[name].type().is_floating()]
     # NaN counts as missing from here on: in a condition SQL would hold it greater than every number.
     events = events.mutate(**{name: _finite(events[name]) for name in floats})

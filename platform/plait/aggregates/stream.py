@@ -105,7 +105,7 @@ class _ViewStream:
         self._owners: dict[str, tuple[int, int, Key]] = {}
 
     def absorb(self, events: pa.Table) -> int:
-        arrived = self._normalised(self.engine.from_arrow(events))
+        arrived = self._rows_of(raw_events(self.engine, self.plan, self.engine.from_arrow(events)))
         unknown = {key for key, _ in arrived} - self._keys.keys()
         if unknown:
             self._remember(unknown)
@@ -183,9 +183,6 @@ class _ViewStream:
         for key, rows in self._rows_of(mine):
             if self._owned(key, rows[0]) and key in chosen:
                 self._keys[key].add(rows)
-
-    def _normalised(self, table: ir.Table) -> list[tuple[Key, list[Mapping[str, Any]]]]:
-        return self._rows_of(raw_events(self.engine, self.plan, table))
 
     def _rows_of(self, raw: ir.Table) -> list[tuple[Key, list[Mapping[str, Any]]]]:
         """Per event and key, the rows of it: more than one if an attribute of the event is a list."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -82,12 +83,10 @@ def write_card(dataset: Dataset, *, label: str | None = None) -> DataCard:
 
 def card_warnings(dataset: Dataset, *, label: str | None = None) -> list[str]:
     """The warnings of the dataset's card, which is made if there is none yet or if it is another label's."""
-    try:
+    with suppress(OSError, ValueError, KeyError, TypeError):  # none yet, or damaged: made again
         stored = json.loads((dataset.folder / "card.json").read_bytes())
         if stored["label"] == (label or dataset.manifest.label):
             return list(stored["warnings"])
-    except (OSError, ValueError, KeyError, TypeError):  # none yet, or damaged
-        pass
     return list(write_card(dataset, label=label).warnings)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow.compute as pc
 
-from plait.errors import StoreError
+from plait.errors import PlaitError, StoreError
 from plait.offline.dataset import Dataset
 from plait.offline.retrieval import streams
 from plait.offline.splits import PARTS
@@ -34,18 +35,18 @@ def register_dataset(store: FeatureStore, dataset: Dataset) -> None:
     from feast.errors import SavedDatasetNotFound
 
     try:
-        known = store.registry.get_saved_dataset(saved_name(dataset), store.project, allow_cache=False)
-        if known.tags.get(_DATA_HASH) == dataset.manifest.data_hash:
-            return
-    except SavedDatasetNotFound:
-        pass
-    except Exception as error:
-        raise _refused(dataset, error) from error
-    saved = _saved(store, dataset)
-    try:
-        store.registry.apply_saved_dataset(saved, store.project, commit=True)
-    except Exception as error:
-        raise _refused(dataset, error) from error
+        with suppress(SavedDatasetNotFound):
+            known = store.registry.get_saved_dataset(saved_name(dataset), store.project, allow_cache=False)
+            if known.tags.get(_DATA_HASH) == dataset.manifest.data_hash:
+                return
+        store.registry.apply_saved_dataset(_saved(store, dataset), store.project, commit=True)
+    except PlaitError:  # of the dataset's own parts
+        raise
+    except Exception as error:  # whatever the registry's database or file raises
+        raise StoreError(
+            f"{dataset.folder} is complete, but Feast's registry did not take it as a saved dataset: {error}; "
+            "it can be trained on, and the same command registers it once the registry answers"
+        ) from error
 
 
 def _saved(store: FeatureStore, dataset: Dataset) -> SavedDataset:
@@ -83,13 +84,6 @@ def _storage(store: FeatureStore, folder: Path) -> SavedDatasetStorage:
 
     # Plait's offline store reads all parts below a folder, the stock one only what a pattern names.
     return SavedDatasetFileStorage(path=str(folder if streams(store) else folder / "*" / "*.parquet"))
-
-
-def _refused(dataset: Dataset, error: Exception) -> StoreError:
-    return StoreError(
-        f"{dataset.folder} is complete, but Feast's registry did not take it as a saved dataset: {error}; "
-        "it can be trained on, and the same command registers it once the registry answers"
-    )
 
 
 def _range(dataset: Dataset) -> tuple[datetime, datetime]:

@@ -15,7 +15,7 @@ import pandas as pd
 import pyarrow as pa
 from feast.feature_view import DUMMY_ENTITY_ID
 from feast.infra.passthrough_provider import PassthroughProvider
-from feast.value_type import ValueType
+from feast.types import Map
 
 from plait.errors import StoreError
 from plait.stores.online_base import PackedOnlineStore
@@ -48,8 +48,8 @@ def batch_of(
     view: FeatureView, frame: pd.DataFrame, renamed: dict[str, str], *, moments: Sequence[str]
 ) -> pa.RecordBatch:
     """The view's join keys and features and the columns `moments` out of a frame, as write_columns takes them."""
-    names = [field.name for field in (*view.entity_columns, *view.features) if field.name != DUMMY_ENTITY_ID]
-    wanted = dict.fromkeys([*names, *moments])
+    fields = [field for field in (*view.entity_columns, *view.features) if field.name != DUMMY_ENTITY_ID]
+    wanted = dict.fromkeys([*(field.name for field in fields), *moments])
 
     columns = _columns(view.name, frame, renamed)
     if not columns.keys() >= wanted.keys():  # the key may be the frame's index
@@ -61,9 +61,7 @@ def batch_of(
             f"view {view.name}: the rows lack {', '.join(lacking)}; they have {', '.join(map(str, frame.columns))}"
         )
     try:
-        arrays = {name: _array(frame[columns[name]]) for name in names}
-        maps = [field.name for field in view.features if field.dtype.to_value_type() is ValueType.MAP]
-        arrays |= {name: _maps(frame[columns[name]]) for name in maps}
+        arrays = {field.name: (_maps if field.dtype == Map else _array)(frame[columns[field.name]]) for field in fields}
         arrays |= {name: _moments(frame[columns[name]]) for name in moments}
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         raise StoreError(f"view {view.name}: {error}; nothing was stored") from error
